@@ -78,7 +78,9 @@ def tensor(
             f" Convert it first, for example with .{_cast(dtype)}."
         )
     if shape is not None and not _has_shape(x, shape):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({shape.replace(' ', ', ')}).")
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; expected ({shape.replace(' ', ', ')})."
+        )
     if x.numel() == 0 or x.dtype == torch.bool:
         return
     if finite and not bool(torch.isfinite(x).all()):
