@@ -1,0 +1,187 @@
+"""Folders and modules: every model opens a published folder, and writes one that others open.
+
+A folder holds ``config.json`` and one safetensors file. The configuration becomes a frozen
+dataclass whose fields are the published keys; the weights fill a module whose attributes are the
+published names. So there is nothing to translate, but for the few historical spellings below.
+"""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from companion import checkpoints
+from companion.checkpoints import CheckpointError
+
+# Names that published files once had: where, the old name, today's (None: nothing to load).
+OLD_SPELLINGS = (
+    # transformers 5 leaves out a prefix that every published Stable Diffusion folder carries.
+    ("CLIPTextModel", r"(embeddings|encoder|final_layer_norm)\.(.*)", r"text_model.\1.\2"),
+    # The numbers 0, 1, 2, … were stored as a buffer until transformers 4.31.
+    (None, r"(.*\.)?embeddings\.position_ids", None),
+    # Attention in the autoencoder and in UNet2DModel, until diffusers 0.17.
+    (None, r"(.*attentions\.\d+)\.query\.(weight|bias)", r"\1.to_q.\2"),
+    (None, r"(.*attentions\.\d+)\.key\.(weight|bias)", r"\1.to_k.\2"),
+    (None, r"(.*attentions\.\d+)\.value\.(weight|bias)", r"\1.to_v.\2"),
+    (None, r"(.*attentions\.\d+)\.proj_attn\.(weight|bias)", r"\1.to_out.0.\2"),
+)
+
+# The switches of diffusers' U-Nets that are no field of a config here, with the values under which
+# they change nothing. Any other value is refused by name: the numbers would not be the published ones.
+UNET_SWITCHES: dict[str, tuple[object, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "add_attention": (True,),
+    "addition_embed_type": (None,),
+    "addition_time_embed_dim": (None,),
+    "attention_type": ("default",),
+    "attn_norm_num_groups": (None,),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dropout": (0.0,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1.0,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "projection_class_embeddings_input_dim": (None,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+    "transformer_layers_per_block": (1,),
+    "upcast_attention": (False, None),
+    "use_linear_projection": (False,),
+}
+# These say nothing about the numbers: a size to draw by default, widths of parts that are not there.
+UNET_NOTES = ("addition_embed_type_num_heads", "num_train_timesteps", "sample_size")
+
+
+class Pretrained(nn.Module):
+    """A module that is built from a config and can be opened from, and saved to, a folder."""
+
+    Config: ClassVar[type]
+    published: ClassVar[str]  # the class name that stock libraries look for
+    switches: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    notes: ClassVar[tuple[str, ...]] = ()
+    filename: ClassVar[str] = "diffusion_pytorch_model.safetensors"
+    config: Any
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        subfolder: str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+    ) -> Self:
+        """Open a folder: its ``config.json`` builds the module, its safetensors file fills it.
+
+        Args:
+            folder: A folder; or a hub id such as ``"CompVis/stable-diffusion-v1-4"`` (see ``locate``).
+            subfolder: The model's place inside it, such as ``"unet"``.
+            dtype: Type of the parameters, whatever the file holds.
+            revision: Commit, tag or branch on the hub.
+
+        Raises:
+            CheckpointError: Something is missing, truncated, altered, or not implemented here.
+        """
+        path = locate(folder, subfolder, revision=revision)
+        config = checkpoints.read_config(path, cls.Config, cls.notes, cls.switches)
+        with torch.device("meta"):  # no memory and no random numbers spent on weights to be replaced
+            model = cls(config).to(dtype)
+        return checkpoints.load_into(model, path, rename=cls.rename).eval()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        card: Mapping[str, object] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Path:
+        """Write a folder that ``from_pretrained`` and the stock class named ``published`` open."""
+        return checkpoints.save(
+            folder, self, config=self.config_json(), card=card, dtype=dtype, filename=self.filename
+        )
+
+    def config_json(self) -> dict[str, object]:
+        """What goes into ``config.json``."""
+        return {"_class_name": self.published, **dataclasses.asdict(self.config)}
+
+    @classmethod
+    def rename(cls, name: str) -> str | None:
+        """Today's spelling of a stored name; ``None`` where there is nothing to load."""
+        for where, old, new in OLD_SPELLINGS:
+            if where in (None, cls.published) and (match := re.fullmatch(old, name)):
+                return None if new is None else match.expand(new)
+        return name
+
+
+def locate(
+    folder: str | Path, subfolder: str | None = None, *, revision: str | None = None
+) -> Path:
+    """The folder on this disk that a caller means.
+
+    A path is used as it is. Only a string that looks like ``owner/name``, where no such folder and
+    no folder ``owner`` exists, is taken for a hub id: what is not in the local cache is then
+    downloaded, after a message that says what and how much.
+
+    Raises:
+        CheckpointError: No such folder; or the hub cannot be reached, or does not know the id.
+    """
+    name = str(folder)
+    is_path = isinstance(folder, Path) or Path(name).exists() or Path(name).parent.name in (".", "")
+    if is_path or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name).parent.is_dir():
+        return checkpoints.find_folder(folder, subfolder)
+    return checkpoints.find_folder(_download(name, subfolder, revision), subfolder)
+
+
+def _download(repo: str, subfolder: str | None, revision: str | None) -> str:
+    """Fetch configs, tokenizer files and full-precision safetensors of a hub repository."""
+    from fnmatch import fnmatch
+
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    inside = f"{subfolder}/" if subfolder else "*"
+    wanted = [f"{inside}{kind}" for kind in ("*.json", "*.txt", "*model.safetensors")]
+    wanted.append("model_index.json")
+    try:
+        files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+        files = [f for f in files if any(fnmatch(f.rfilename, w) for w in wanted)]
+        logging.getLogger("companion").warning(
+            "%s on the Hugging Face hub: %d files, %.2f GB; downloading what is not here yet.",
+            repo, len(files), sum(f.size or 0 for f in files) / 1e9,
+        )  # fmt: skip
+        return snapshot_download(repo, revision=revision, allow_patterns=wanted)
+    except (HfHubHTTPError, OSError) as first:
+        try:  # the hub is out of reach, but an earlier download may be here
+            return snapshot_download(
+                repo, revision=revision, allow_patterns=wanted, local_files_only=True
+            )
+        except (LocalEntryNotFoundError, OSError):
+            raise CheckpointError(
+                f"{repo!r} is no folder here, and the Hugging Face hub could not give it ({first})."
+                " Check the spelling, or download the folder elsewhere and give its path."
+            ) from first
