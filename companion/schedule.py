@@ -106,7 +106,7 @@ class Schedule:
 
     @classmethod
     def cosine(cls, T: int = 1000, *, s: float = 0.008, max_beta: float = 0.999) -> "Schedule":
-        """abar falls like a squared cosine: Improved DDPM eq. 17 (arXiv 2102.09672), capped betas."""
+        """abar falls like a squared cosine: Improved DDPM eq. 17 (2102.09672), betas capped."""
         errors.number("T", T, low=1, integer=True)
         errors.number("s", s, low=0)
         errors.number("max_beta", max_beta, low=1e-12, high=1)
@@ -379,7 +379,7 @@ def _read(folder: Path) -> tuple[Path, dict]:
     path = next((p for p in tried if p.is_file()), None)
     if path is None:
         raise CheckpointError(
-            f"No {name} in {folder}; expected the file, its folder or a diffusers pipeline's folder."
+            f"No {name} in {folder}; expected the file, its folder or a pipeline's folder."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
