@@ -5,7 +5,7 @@
 Letters: B pictures, N queries, M keys, C channels, h heads of d channels each (C = h·d).
 
 Every attention module here forgets where it looked, because remembering costs memory. To see it,
-set ``module.keep = True`` and read ``module.map``, (B, h, N, M); ``watch`` does so for many at once.
+set ``module.keep = True`` and read ``module.map``, (B, h, N, M); ``watch`` does so for many.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class MultiHead(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """Mix values: q (B, N, C), k and v (B, M, C) -> (B, N, C); ``bias`` is added to the scores."""
+        """q (B, N, C), k and v (B, M, C) -> (B, N, C); ``bias`` is added to the scores."""
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         if self.keep:
             self.map = _map(q, k, bias, causal)  # (B, h, N, M)
@@ -97,7 +97,9 @@ class Attention(MultiHead):
         self.to_v = nn.Linear(context_width or width, width, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """x (B, N, C), context (B, M, K), bias (B, 1, N or 1, M) -> (B, N, C)."""
         context = x if context is None else context
         h = self.attend(self.to_q(x), self.to_k(context), self.to_v(context), bias)
@@ -127,7 +129,9 @@ class PictureAttention(MultiHead):
             self.add_v_proj = nn.Linear(context_width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """x (B, C, H, W), context (B, M, K), bias (B, 1, 1, M) on the context -> (B, C, H, W)."""
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
@@ -190,7 +194,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width, gated)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """``bias`` goes to the attention among the tokens themselves."""
         x = x + self.attn1(self.norm1(x), bias=bias)
         if context is not None:

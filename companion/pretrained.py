@@ -32,7 +32,7 @@ OLD_SPELLINGS = (
 )
 
 # The switches of diffusers' U-Nets that are no field of a config here, with the values under which
-# they change nothing. Any other value is refused by name: the numbers would not be the published ones.
+# they change nothing. Any other value is refused by name: the numbers would be other ones.
 UNET_SWITCHES: dict[str, tuple[object, ...]] = {
     "act_fn": ("silu", "swish"),
     "add_attention": (True,),
@@ -73,8 +73,33 @@ UNET_SWITCHES: dict[str, tuple[object, ...]] = {
     "upcast_attention": (False, None),
     "use_linear_projection": (False,),
 }
-# These say nothing about the numbers: a size to draw by default, widths of parts that are not there.
+# These say nothing about the numbers: a default size, widths of parts that are not there.
 UNET_NOTES = ("addition_embed_type_num_heads", "num_train_timesteps", "sample_size")
+
+
+# The same for transformers' CLIP, and what 2022's files spell out although no number depends on it.
+CLIP_SWITCHES: dict[str, tuple[object, ...]] = {
+    "add_cross_attention": (False,),
+    "attention_dropout": (0.0,),
+    "chunk_size_feed_forward": (0,),
+    "dropout": (0.0,),
+    "is_decoder": (False,),
+    "pruned_heads": ({},),
+}
+CLIP_NOTES = (
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
+    "initializer_factor", "initializer_range", "is_encoder_decoder", "label2id", "length_penalty",
+    "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_scores", "pad_token_id", "prefix", "problem_type", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
+    "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p",
+    "torchscript", "typical_p", "use_bfloat16",
+)  # fmt: skip
 
 
 class Pretrained(nn.Module):
@@ -88,6 +113,14 @@ class Pretrained(nn.Module):
     config: Any
 
     @classmethod
+    def fresh(cls, config: Any, generator: torch.Generator) -> Self:
+        """A new module whose starting weights depend on ``generator`` alone."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global generator
+            torch.manual_seed(seed)
+            return cls(config)
+
+    @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -99,7 +132,7 @@ class Pretrained(nn.Module):
         """Open a folder: its ``config.json`` builds the module, its safetensors file fills it.
 
         Args:
-            folder: A folder; or a hub id such as ``"CompVis/stable-diffusion-v1-4"`` (see ``locate``).
+            folder: A folder, or a hub id like ``"CompVis/stable-diffusion-v1-4"`` (``locate``).
             subfolder: The model's place inside it, such as ``"unet"``.
             dtype: Type of the parameters, whatever the file holds.
             revision: Commit, tag or branch on the hub.
@@ -109,7 +142,7 @@ class Pretrained(nn.Module):
         """
         path = locate(folder, subfolder, revision=revision)
         config = checkpoints.read_config(path, cls.Config, cls.notes, cls.switches)
-        with torch.device("meta"):  # no memory and no random numbers spent on weights to be replaced
+        with torch.device("meta"):  # no memory, no random numbers for what is replaced anyway
             model = cls(config).to(dtype)
         return checkpoints.load_into(model, path, rename=cls.rename).eval()
 
@@ -138,6 +171,20 @@ class Pretrained(nn.Module):
         return name
 
 
+class TransformersModel(Pretrained):
+    """The same for the models that stock looks for in transformers rather than in diffusers."""
+
+    model_type: ClassVar[str]
+    switches, notes = CLIP_SWITCHES, CLIP_NOTES
+    filename = "model.safetensors"
+
+    def config_json(self) -> dict[str, object]:
+        plain = {k: v for k, v in dataclasses.asdict(self.config).items() if v is not None}
+        # Trap: without "dtype", stock runs a text encoder stored in half in half, and crashes.
+        head = {"architectures": [self.published], "model_type": self.model_type}
+        return head | {"dtype": "float32"} | plain
+
+
 def locate(
     folder: str | Path, subfolder: str | None = None, *, revision: str | None = None
 ) -> Path:
@@ -150,11 +197,10 @@ def locate(
     Raises:
         CheckpointError: No such folder; or the hub cannot be reached, or does not know the id.
     """
-    name = str(folder)
-    is_path = isinstance(folder, Path) or Path(name).exists() or Path(name).parent.name in (".", "")
-    if is_path or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name).parent.is_dir():
-        return checkpoints.find_folder(folder, subfolder)
-    return checkpoints.find_folder(_download(name, subfolder, revision), subfolder)
+    looks_like_id = isinstance(folder, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", folder)
+    if looks_like_id and not Path(folder).exists() and not Path(folder).parent.exists():
+        folder = _download(folder, subfolder, revision)
+    return checkpoints.find_folder(folder, subfolder)
 
 
 def _download(repo: str, subfolder: str | None, revision: str | None) -> str:

@@ -59,7 +59,7 @@ class ResnetBlock(nn.Module):
     def forward(
         self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None
     ) -> Tensor:
-        """x (B, C_in, H, W), temb (B, T) -> (B, C_out, H', W'); ``size`` is H', W' when it goes up."""
+        """x (B, C_in, H, W), temb (B, T) -> (B, C_out, H', W'); ``size``: (H', W') going up."""
         h = F.silu(self.norm1(x))
         if self.resample == "up":
             x, h = (F.interpolate(y, size=size, mode="nearest") for y in (x, h))
