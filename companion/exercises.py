@@ -43,7 +43,7 @@ def check(name: str, answer: object) -> bool:
     except NotYet as why:
         print(f"Exercise {name}: not yet. {why}")
         return False
-    except Exception as error:  # a reader's code may raise anything: show it, keep the notebook going
+    except Exception as error:  # a reader may raise anything: show it, let the notebook go on
         print(f"Exercise {name}: not yet. Your answer raised {type(error).__name__}: {error}")
         return False
     print(f"Exercise {name}: right.")

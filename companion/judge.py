@@ -1,6 +1,6 @@
-"""The judge: a small network, apart from every generator, that reads facts back from a picture.
+"""The judge: a small network, apart from every generator, that reads facts back from pictures.
 
-Whoever scores a generator with the network that steers it learns little: the one can fool the other.
+Whoever scores a generator with the network that steers it learns little: one can fool the other.
 So the judge is trained on Storybook renders alone (clean, blurred, noised, and pictures that are no
 scene at all), is never part of any generator, and a second judge of another architecture checks it.
 Both are instruments: unlike everything else they are trained on *all* combinations, the held-out
@@ -16,12 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import errors
-from .storybook import COLOURS, KINDS, PLACES, POSITIONS, SKIES, Facts, Scene, ThingFacts, render
+from . import checkpoints, errors
+from .storybook import (
+    COLOURS,
+    KINDS,
+    PLACES,
+    POSITIONS,
+    SKIES,
+    Facts,
+    Scene,
+    ThingFacts,
+    render,
+    sample,
+)
 
 NOTHING = len(KINDS)  # the class of an empty position
+NON_SCENES = ("noise", "grey", "blended", "shuffled")
 
-# One answer each: a scene at all?, sky, place, stream; at each position a kind or nothing, a colour.
+# One answer each: a scene at all?, sky, place, stream; at each position a kind (or nothing) and
+# a colour.
 HEADS = {"scene": 2, "sky": len(SKIES), "place": len(PLACES), "stream": 2}
 HEADS |= {f"kind {where}": len(KINDS) + 1 for where in POSITIONS}
 HEADS |= {f"colour {where}": len(COLOURS) for where in POSITIONS}
@@ -118,9 +131,9 @@ class Judge(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str = "judge") -> Judge:
         """Open a folder, or one of the shipped judges: "judge", "judge-second"."""
-        from . import checkpoints
-
-        where = checkpoints.shipped(folder)
+        where = checkpoints.WEIGHTS / folder
+        if not where.is_dir():
+            where = checkpoints.find_folder(folder)
         judge = cls(checkpoints.read_config(where, JudgeConfig))
         checkpoints.load_into(judge, where)
         return judge.eval()
@@ -175,19 +188,27 @@ def facts_from(logits: dict[str, Tensor]) -> list[Facts | None]:
     return found
 
 
-def labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """The right answers of all heads: whole numbers (B,); the colour of an empty position is -1."""
+def labels(scenes: Sequence[Scene | Facts]) -> dict[str, Tensor]:
+    """The right answers of all heads: whole numbers (B,); -1 where the answer is not known.
+
+    A scene answers everything (but for the colour of an empty position). Facts, read from a
+    caption of the reader's own pictures, answer what was said.
+    """
     rows: dict[str, list[int]] = {name: [] for name in HEADS}
     for scene in scenes:
+        whole = isinstance(scene, Scene)
+        things = {t.position: t for t in scene.things if t.position is not None}
         rows["scene"].append(1)
-        rows["sky"].append(SKIES.index(scene.sky))
-        rows["place"].append(PLACES.index(scene.place))
-        rows["stream"].append(int(scene.stream))
-        things = {t.position: t for t in scene.things}
+        rows["sky"].append(SKIES.index(scene.sky) if scene.sky else -1)
+        rows["place"].append(PLACES.index(scene.place) if scene.place else -1)
+        rows["stream"].append(int(scene.stream) if whole or scene.stream else -1)
         for where in POSITIONS:
-            thing = things.get(where)
-            rows[f"kind {where}"].append(NOTHING if thing is None else KINDS.index(thing.kind))
-            rows[f"colour {where}"].append(-1 if thing is None else COLOURS.index(thing.colour))
+            thing, kind, colour = things.get(where), NOTHING if whole else -1, -1
+            if thing is not None:
+                kind = KINDS.index(thing.kind)
+                colour = COLOURS.index(thing.colour) if thing.colour else -1
+            rows[f"kind {where}"].append(kind)
+            rows[f"colour {where}"].append(colour)
     return {name: torch.tensor(row) for name, row in rows.items()}
 
 
@@ -221,8 +242,19 @@ def shuffled(pictures: Tensor, patch: int, generator: torch.Generator) -> Tensor
     return cut.reshape(b, c, h, w)
 
 
-def non_scenes(kind: str, pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures of no scene: "noise", "grey" (flat colour), "blended" (two scenes at once), "shuffled"."""
+def non_scenes(
+    kind: str, pictures: Tensor, generator: torch.Generator, others: Tensor | None = None
+) -> Tensor:
+    """Pictures of no scene, made from pictures of scenes (B, 3, 64, 64).
+
+    Args:
+        kind: "noise", "grey" (one flat colour), "blended" (two scenes at once) or "shuffled" (cut
+            into squares of 8, 16 or 32 pixels that lie in a random order).
+        pictures: renders, from 0 to 1.
+        generator: source of chance.
+        others: what to blend with; default: each picture with the one before it.
+    """
+    errors.one_of("kind", kind, NON_SCENES)
     b = pictures.shape[0]
     if kind == "noise":
         mean, spread = torch.rand(2, b, 1, 1, 1, generator=generator)
@@ -233,15 +265,13 @@ def non_scenes(kind: str, pictures: Tensor, generator: torch.Generator) -> Tenso
         tint = 0.1 * torch.randn(b, 3, 1, 1, generator=generator)
         return (level + tint + torch.zeros_like(pictures)).clamp(0, 1)
     if kind == "blended":
+        if others is None:
+            errors.expect(b > 1, "blending needs two pictures or more, got one; or give others=")
+            others = pictures.roll(1, 0)
         share = 0.35 + 0.3 * torch.rand(b, 1, 1, 1, generator=generator)
-        return share * pictures + (1 - share) * pictures.roll(1, 0)
-    if kind == "shuffled":
-        patch = (8, 16, 32)[int(torch.randint(3, (), generator=generator))]
-        return shuffled(pictures, patch, generator)
-    raise ValueError(f"unknown kind {kind!r}: expected noise, grey, blended or shuffled")
-
-
-NON_SCENES = ("noise", "grey", "blended", "shuffled")
+        return share * pictures + (1 - share) * others
+    patch = (8, 16, 32)[int(torch.randint(3, (), generator=generator))]
+    return shuffled(pictures, patch, generator)
 
 
 def spoiled(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -251,8 +281,9 @@ def spoiled(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
         pictures (B, 3, 64, 64), and (B,) whole numbers: 1 for a scene, 0 for none.
     """
     x, n = pictures.clone(), pictures.shape[0]
+    errors.expect(n >= 8, f"a batch to spoil holds at least 8 pictures, got {n}")
     is_scene = torch.ones(n, dtype=torch.long)
-    part = max(1, n // 8)
+    part = n // 8
     strength = torch.rand(3, generator=generator).tolist()
     x[:part] = blur(x[:part], 0.4 + 1.8 * strength[0])
     small = F.avg_pool2d(x[part : 2 * part], 4)
@@ -261,7 +292,7 @@ def spoiled(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     quarter = max(1, part // 4)
     for k, kind in enumerate(NON_SCENES):
         rows = slice(3 * part + k * quarter, 3 * part + (k + 1) * quarter)
-        x[rows] = non_scenes(kind, pictures[rows], generator)
+        x[rows] = non_scenes(kind, pictures[rows], generator, pictures[:quarter])
         is_scene[rows] = 0
     return x, is_scene
 
@@ -296,24 +327,26 @@ def training_batch(scenes: Sequence[Scene], generator: torch.Generator) -> dict[
 
 # ---------------------------------------------------------------- how good is the judge?
 
+ASKED = ("sky", "place", "stream", "kind", "colour", "position", "all")
 
-def right_answers(read: Sequence[Facts | None], scenes: Sequence[Scene]) -> dict[str, float]:
-    """The share of right answers: sky, place, stream, kind, colour, position, and all at once.
 
-    Kinds, colours and positions are counted over the things that are there; a thing seen where
-    there is none counts against "all".
+def right_answers(
+    read: Sequence[Facts | None], scenes: Sequence[Scene]
+) -> dict[str, tuple[int, int]]:
+    """How many answers are right, out of how many, for each of ``ASKED``.
+
+    Kinds, colours and positions are counted over the things that are there. "all" counts pictures
+    that are read without any mistake; a thing seen where there is none is one.
     """
     errors.expect(len(read) == len(scenes), f"got {len(read)} readings of {len(scenes)} scenes")
-    counts = {
-        name: [0, 0] for name in ("sky", "place", "stream", "kind", "colour", "position", "all")
-    }
+    right, asked = dict.fromkeys(ASKED, 0), dict.fromkeys(ASKED, 0)
 
-    def count(name: str, right: bool) -> None:
-        counts[name][0] += int(right)
-        counts[name][1] += 1
+    def count(name: str, holds: bool) -> None:
+        right[name] += int(holds)
+        asked[name] += 1
 
     for facts, scene in zip(read, scenes, strict=True):
-        seen = facts if facts is not None else Facts()
+        seen = Facts() if facts is None else facts
         count("sky", seen.sky == scene.sky)
         count("place", seen.place == scene.place)
         count("stream", facts is not None and seen.stream == scene.stream)
@@ -324,4 +357,66 @@ def right_answers(read: Sequence[Facts | None], scenes: Sequence[Scene]) -> dict
             count("kind", found is not None and found.kind == thing.kind)
             count("colour", found is not None and found.colour == thing.colour)
         count("all", seen == scene.facts())
-    return {name: right / asked for name, (right, asked) in counts.items() if asked}
+    return {name: (right[name], asked[name]) for name in ASKED if asked[name]}
+
+
+def interval(right: int, asked: int) -> dict[str, float]:
+    """A share with its 95 % interval (Wilson): {"value", "low", "high", "n"}."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(right, asked).proportion_ci(0.95, "wilson")
+    return {"value": right / asked, "low": low, "high": high, "n": asked}
+
+
+@torch.no_grad()
+def exam(judge: Judge, n: int = 2000, seed: int = 2_026) -> dict[str, dict[str, float]]:
+    """Examine a judge on ``n`` fresh scenes, clean and spoiled: one share with interval a question.
+
+    "clean sky", "blurred kind" (Gaussian, one pixel), "noised colour" (sigma 0.1), "small place"
+    (averaged to 16 pixels and scaled up again), …; and "none: grey" and its kin, the share of
+    non-scenes that were recognised as such.
+    """
+    g = torch.Generator().manual_seed(seed)
+    scenes = sample(n, g, held_out=None)
+    clean = render(scenes)
+    small = F.interpolate(F.avg_pool2d(clean, 4), scale_factor=4, mode="bicubic")
+    shown = {"clean": clean, "blurred": blur(clean, 1.0), "noised": noised(clean, 0.1, g)}
+    shown["small"] = small.clamp(0, 1)
+    report: dict[str, dict[str, float]] = {}
+    for how, pictures in shown.items():
+        for name, (right, asked) in right_answers(judge.read(pictures), scenes).items():
+            report[f"{how} {name}"] = interval(right, asked)
+    for kind in NON_SCENES:
+        read = judge.read(torch.cat([non_scenes(kind, x, g) for x in clean.split(50)]))
+        report[f"none: {kind}"] = interval(sum(facts is None for facts in read), n)
+    return report
+
+
+def confusion(
+    read: Sequence[Facts | None], scenes: Sequence[Scene], what: str
+) -> tuple[Tensor, tuple[str, ...]]:
+    """What is taken for what: counts (true, read) and the names of rows and columns.
+
+    Args:
+        read: a judge's readings.
+        scenes: the truth.
+        what: "sky", "place", "kind" or "colour"; the last column counts "none" (no scene, or
+            nothing where something stands).
+    """
+    options = {"sky": SKIES, "place": PLACES, "kind": KINDS, "colour": COLOURS}
+    errors.one_of("what", what, options)
+    names = options[what]
+    counts = torch.zeros(len(names), len(names) + 1, dtype=torch.long)
+
+    def count(true: str, said: str | None) -> None:
+        counts[names.index(true), len(names) if said is None else names.index(said)] += 1
+
+    for facts, scene in zip(read, scenes, strict=True):
+        if what in ("sky", "place"):
+            count(getattr(scene, what), None if facts is None else getattr(facts, what))
+            continue
+        at = {} if facts is None else {t.position: t for t in facts.things}
+        for thing in scene.things:
+            found = at.get(thing.position)
+            count(getattr(thing, what), None if found is None else getattr(found, what))
+    return counts, (*names, "none")
