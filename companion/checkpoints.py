@@ -7,9 +7,9 @@ A model is a folder::
     card.json           where the weights come from, and their sha256
     README.md           the same card as a page (Hugging Face model-card style)
 
-Only safetensors is read. A pickle (``.bin``, ``.ckpt``, ``.pt``) can run any code when it is opened,
-so a folder that holds nothing else gets an error that names a safe conversion. Files are written
-beside their place and then moved there, so a kill leaves the old file or the new one, never half.
+Only safetensors is read. A pickle (``.bin``, ``.ckpt``, ``.pt``) can run any code when it is
+opened, so a folder that holds nothing else gets an error that names a safe conversion. Files are
+written beside their place and then moved there: a kill leaves the old file or the new one whole.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PRIVATE = ("architectures", "transformers_version", "torch_dtype", "dtype")
 DIGEST = "companion.digest"  # key in the safetensors header; see digest()
 CARD = (
-    "recipe", "about", "parameters", "dtype", "file", "sha256", "seed", "steps", "pictures", "minutes",
-    "hardware", "torch", "command", "data", "score", "licence",
+    "recipe", "about", "parameters", "dtype", "file", "sha256", "seed", "steps", "pictures",
+    "minutes", "hardware", "torch", "command", "data", "score", "licence",
 )  # fmt: skip
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -101,7 +101,7 @@ def sha256(path: str | Path) -> str:
 
 
 def digest(tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str] | None = None) -> str:
-    """The sha256 of names, types, shapes, bytes and ``notes``: the same however a file orders them."""
+    """The sha256 of names, types, shapes, bytes and ``notes``, whatever their order."""
     total = hashlib.sha256()
     for key, note in sorted((notes or {}).items()):
         total.update(json.dumps([key, note]).encode())
@@ -247,7 +247,7 @@ def read_tensors(
     path = Path(path)
     carded = verify and _verify_card(path)
     with _open(path) as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         notes = dict(file.metadata() or {})
     if verify and not carded:
         _verify_digest(path, tensors, notes)
@@ -301,7 +301,8 @@ def load_into(
                 stored, target = file.get_tensor(key), targets[name]
                 if stored.is_floating_point() != target.is_floating_point():
                     raise CheckpointError(
-                        f"{path}: {name!r} is stored as {stored.dtype}, the model has {target.dtype}."
+                        f"{path}: {name!r} is stored as {stored.dtype},"
+                        f" the model has {target.dtype}."
                     )
                 if target.is_meta:
                     value = stored.to(target.dtype, copy=True)
@@ -405,10 +406,10 @@ def card_page(card: Mapping[str, object]) -> str:
 
 
 def check(folder: str | Path | None = None) -> list[str]:
-    """Look through every model under ``folder`` (default: the shipped weights) and list what is wrong.
+    """List what is wrong with the models under ``folder`` (default: the shipped weights).
 
     Weights are opened and hashed; cards are compared with the file, with what a card must say and
-    with the README; configurations must be JSON; pickles are named. An empty list means all is well.
+    with the README; configurations must be JSON; pickles are named. An empty list: all is well.
     """
     root = find_folder(WEIGHTS if folder is None else folder)
     files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -429,7 +430,7 @@ def check(folder: str | Path | None = None) -> list[str]:
 def _check_file(path: Path) -> Iterator[str]:
     try:
         _verify_card(path)
-        tensors, _ = read_tensors(path, verify=False)
+        tensors, notes = read_tensors(path, verify=False)
         with _open(path) as file:
             _verify_digest(path, tensors, dict(file.metadata() or {}))
     except CheckpointError as error:
@@ -438,6 +439,8 @@ def _check_file(path: Path) -> Iterator[str]:
     for name, x in tensors.items():
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             yield f"{path}: tensor {name!r} is NaN or infinite"
+    if "run" in notes:  # the state of a training run, which is no model yet
+        return
     if not (path.parent / "config.json").is_file():
         yield f"{path.parent}: no config.json"
     if not (path.parent / "card.json").is_file():
@@ -578,9 +581,9 @@ def _few(names: list[str], quote: bool = True, n: int = 4) -> str:
 
 def _pickle_message(path: Path, names: list[str]) -> str:
     return (
-        f"{path} has its weights as a pickle only ({', '.join(names[:3])}). Opening a pickle can run"
-        " any code, so companion reads safetensors only. Look for a safetensors file of the same"
-        ' model; or, if you trust the source, convert it: tensors = torch.load("FILE",'
+        f"{path} has its weights as a pickle only ({', '.join(names[:3])}). Opening a pickle can"
+        " run any code, so companion reads safetensors only. Look for a safetensors file of the"
+        ' same model; or, if you trust the source, convert it: tensors = torch.load("FILE",'
         " weights_only=True), then safetensors.torch.save_file(tensors,"
         ' "model.safetensors") in the same folder.'
     )
@@ -672,7 +675,8 @@ def _convert(
                 return option
         allowed = " or ".join(json.dumps(a) for a in args)
         raise CheckpointError(
-            f"{path}: {where.split(': ')[-1]} is {json.dumps(value)}; this model implements only {allowed}."
+            f"{path}: {where.split(': ')[-1]} is {json.dumps(value)};"
+            f" this model implements only {allowed}."
         )
     elif dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping):

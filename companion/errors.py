@@ -19,11 +19,13 @@ def expect(condition: bool, message: str) -> None:
 
 
 def one_of(name: str, value: object, options: Iterable[object]) -> None:
-    """Check that ``value`` is one of ``options``; the error lists them and guesses what was meant."""
+    """Check that ``value`` is among ``options``; the error lists them and guesses one."""
     options = list(options)
     if any(value is o or (type(value) is type(o) and value == o) for o in options):
         return
-    guess = get_close_matches(str(value), [str(o) for o in options], n=1)
+    names = [str(o) for o in options]
+    guess = get_close_matches(str(value), names, n=1)
+    guess = guess or [n for n in names if str(value) and n.startswith(str(value))]
     hint = f" Did you mean {guess[0]!r}?" if guess else ""
     listed = ", ".join(repr(o) for o in options) or "nothing"
     raise ValueError(f"{name} is {value!r}; expected one of {listed}.{hint}")

@@ -1,0 +1,164 @@
+"""``python -m companion``: train a network of the book, check folders of weights."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from companion import errors
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 when all went well; 2 for bad input, said in one line; 1 otherwise.
+    """
+    logging.basicConfig(format="%(message)s")  # what the library has to say goes to stderr
+    parser = _parser()
+    chosen = parser.parse_args(arguments)  # exits with 2 and one line of its own
+    try:
+        return chosen.run(chosen)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        sys.stderr.close()
+        return 1
+    except (ValueError, TypeError, OSError) as error:
+        return _bad_input(error)
+    except RuntimeError as error:
+        from companion.train import TrainingError
+
+        if not isinstance(error, TrainingError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _bad_input(error: Exception) -> int:
+    """One line for what the reader can put right; a fault of ours keeps its traceback."""
+    if isinstance(error, TypeError) and not _from_check(error):
+        raise error
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _from_check(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename == errors.__file__
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error rather than the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m companion",
+        description="From Noise to Pictures: train the book's networks, check their weights.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train a network from its recipe",
+        description="Train a network from its recipe. The run lies in runs/RECIPE: state to resume"
+        " from, log, sample pictures, and in the end final/, the folder with the trained weights.",
+        epilog="Several GPUs or processes: accelerate launch -m companion train RECIPE. Ctrl-C"
+        " saves and stops; --resume goes on as if nothing had happened.",
+    )
+    train.set_defaults(run=_train)
+    train.add_argument("recipe", metavar="RECIPE", help="its name; --list shows all", nargs="?")
+    train.add_argument("--list", action="store_true", help="list the recipes and stop")
+    train.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="train on your own pictures: images and metadata.jsonl with file_name and text",
+    )
+    train.add_argument("--out", metavar="FOLDER", help="folder of the run (default: runs/RECIPE)")
+    train.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    train.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
+    train.add_argument("--batch-size", type=int, metavar="N", help="instead of the recipe's")
+    train.add_argument("--seed", type=int, metavar="N", help="instead of the recipe's")
+    train.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "bf16", "fp16"),
+        help="fp32 (default), or mixed precision",
+    )
+    train.add_argument("--threads", type=int, metavar="N", help="CPU threads for the network")
+    train.add_argument(
+        "--workers", type=int, metavar="N", default=1, help="threads that draw batches (default: 1)"
+    )
+    train.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+        help="auto (default) takes a GPU where there is one",
+    )
+    train.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    check = commands.add_parser(
+        "check",
+        help="check folders of weights: whole, unaltered, with a true card",
+        description="Check every model below a folder: weights whole and as their card says, cards"
+        " complete, no pickles. Exit status 1 when something is wrong.",
+    )
+    check.set_defaults(run=_check)
+    check.add_argument(
+        "folder", metavar="FOLDER", nargs="?", help="default: the weights shipped with companion"
+    )
+    return parser
+
+
+def _train(chosen: argparse.Namespace) -> int:
+    from companion.recipes import RECIPES
+    from companion.train import train
+
+    if chosen.list:
+        for recipe in RECIPES.values():
+            print(f"{recipe.name:24} {recipe.minutes:>6g} min  {recipe.about}")
+        return 0
+    errors.expect(chosen.recipe is not None, "which recipe? One of: " + ", ".join(RECIPES))
+    errors.one_of("the recipe", chosen.recipe, RECIPES)
+    result = train(
+        RECIPES[chosen.recipe],
+        chosen.out,
+        data=chosen.data,
+        resume=chosen.resume,
+        steps=chosen.steps,
+        batch_size=chosen.batch_size,
+        seed=chosen.seed,
+        precision=chosen.precision,
+        threads=chosen.threads,
+        workers=chosen.workers,
+        device=chosen.device,
+        save_every=chosen.save_every,
+        quiet=chosen.quiet,
+    )
+    if result.main:
+        print(result.message)
+    return 0 if result.finished else 1
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    from companion.checkpoints import WEIGHTS, check
+
+    findings = check(chosen.folder)
+    for finding in findings:
+        print(finding)
+    where = chosen.folder or WEIGHTS
+    print(f"{where}: {len(findings)} findings" if findings else f"{where}: all is well")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

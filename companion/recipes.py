@@ -1,0 +1,215 @@
+"""How every network of the book is trained: ``RECIPES`` maps a name to its :class:`~.train.Recipe`.
+
+``python -m companion train NAME`` runs one; with ``--data FOLDER`` it runs on your own pictures.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from companion import data, judge
+from companion.storybook import parse, sample
+from companion.train import Recipe, pick
+
+# --- digit-classifier: reads 8 x 8 pictures; chapter 1 measures distances in its features ---------
+
+
+@dataclass(frozen=True)
+class DigitClassifierConfig:
+    """Widths of the two convolutions and of the features, and the number of classes."""
+
+    width: int = 32
+    features: int = 64
+    classes: int = 10
+
+
+class DigitClassifier(nn.Module):
+    """A small convolutional network: (B, 1, 8, 8) in [0, 1] to one logit a class."""
+
+    Config = DigitClassifierConfig
+
+    def __init__(self, config: DigitClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        w = config.width
+        self.conv1 = nn.Conv2d(1, w, 3, padding=1)
+        self.conv2 = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
+        self.hidden = nn.Linear(2 * w * 4 * 4, config.features)
+        self.out = nn.Linear(config.features, config.classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer sees: (B, 1, 8, 8) to (B, features)."""
+        h = F.silu(self.conv1(2 * x - 1))  # (B, w, 8, 8)
+        h = F.silu(self.conv2(h))  # (B, 2w, 4, 4)
+        return F.silu(self.hidden(h.flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.features(x))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Small grey pictures (N, 1, 8, 8) with a class each; every fifth is kept for the score."""
+
+    pictures: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path | None) -> "Labelled":
+        """scikit-learn's digits, or a folder whose column ``label``, or else text, is the class."""
+        if folder is None:
+            return cls(*data.digits(), tuple("0123456789"))
+        rows = data.ImageFolder(folder, 8)
+        names = [str(row.get("label", row["text"])) for row in rows.rows]
+        classes = tuple(sorted(set(names)))
+        pictures = [rows[i]["picture"].mean(0, keepdim=True) for i in range(len(rows))]
+        labels = torch.tensor([classes.index(name) for name in names])
+        return cls(torch.stack(pictures), labels, classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, kept: bool) -> tuple[Tensor, Tensor]:
+        """Pictures and labels to train on, or those kept for the score."""
+        mine = (torch.arange(len(self)) % 5 == 4) == kept
+        return self.pictures[mine], self.labels[mine]
+
+
+def _digit_batch(
+    indices: Tensor, generator: torch.Generator, digits: Labelled
+) -> dict[str, Tensor]:
+    pictures, labels = digits.part(kept=False)
+    chosen = pick(indices, len(labels))
+    x = F.pad(pictures[chosen], (1, 1, 1, 1))  # (B, 1, 10, 10)
+    shift = torch.randint(3, (len(x), 2), generator=generator)
+    x = torch.stack(
+        [p[:, i : i + 8, j : j + 8] for p, (i, j) in zip(x, shift.tolist(), strict=True)]
+    )
+    x = x + 0.1 * torch.randn(x.shape, generator=generator)
+    return {"pictures": x.clamp(0, 1), "labels": labels[chosen]}
+
+
+def _digit_loss(
+    model: nn.Module, batch: dict[str, Tensor], digits: Labelled
+) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = model(batch["pictures"])
+    right = (logits.argmax(1) == batch["labels"]).float().mean()
+    return F.cross_entropy(logits, batch["labels"]), {"accuracy": right}
+
+
+def _digit_score(model: nn.Module, digits: Labelled) -> dict[str, object]:
+    pictures, labels = digits.part(kept=True)
+    right = int((model(pictures).argmax(1) == labels).sum())
+    return {"accuracy on digits never trained on": share(right, len(labels))}
+
+
+def share(right: int, n: int) -> dict[str, float]:
+    """A share with its 95 % Wilson score interval (Wilson 1927, eq. 4 of Brown et al. 2001)."""
+    z, p = 1.959964, right / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
+    return {"value": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}
+
+
+# --- judge, judge-second: read facts back from pictures -------------------------------------------
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """The reader's own pictures (64 x 64), with the Storybook facts that their captions say."""
+
+    rows: data.ImageFolder
+
+    @classmethod
+    def open(cls, folder: Path | None) -> "Captioned | None":
+        """None for the book's own scenes, which are drawn as training goes."""
+        return None if folder is None else cls(data.ImageFolder(folder, 64))
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures, spoiled like the book's own, and what is known about them."""
+        rows = [self.rows[i] for i in pick(indices, len(self.rows)).tolist()]
+        facts = [parse(row["text"]) for row in rows]
+        pictures, is_scene = judge.spoiled(torch.stack([r["picture"] for r in rows]), generator)
+        return {"pictures": pictures, **judge.labels(facts), "scene": is_scene}
+
+
+def _judge_batch(
+    indices: Tensor, generator: torch.Generator, folder: Captioned | None
+) -> dict[str, Tensor]:
+    if folder is not None:
+        return folder.batch(indices, generator)
+    return judge.training_batch(sample(len(indices), generator, held_out=None), generator)
+
+
+def _judge_loss(
+    model: nn.Module, batch: dict[str, Tensor], folder: object
+) -> tuple[Tensor, dict[str, Tensor]]:
+    answers = dict(batch)
+    return judge.loss(model, answers.pop("pictures"), answers)
+
+
+def _judge(name: str, about: str, config: judge.JudgeConfig, **numbers: object) -> Recipe:
+    return Recipe(
+        name=name,
+        about=about + " Trained on renders only, on all combinations, the held-out ones included.",
+        data=Captioned.open,
+        model=lambda folder: judge.Judge(config),
+        batch=_judge_batch,
+        loss=_judge_loss,
+        score=lambda model, folder: judge.exam(model),
+        batch_size=128,
+        chunk=64,
+        warmup=100,
+        decay="cosine",
+        weight_decay=0.02,
+        ema=0.995,
+        dtype="float16",
+        **numbers,
+    )
+
+
+_ALL = (
+    _judge(
+        "judge",
+        "Reads sky, place, stream, things, colours and positions from a 64 x 64 picture, or says"
+        " that it shows no scene. A convolutional network.",
+        judge.JudgeConfig("convolution", width=24, depth=4),
+        steps=4000,
+        learning_rate=2e-3,
+        minutes=45,
+    ),
+    _judge(
+        "judge-second",
+        "The second judge, a Transformer over patches: it checks the first.",
+        judge.JudgeConfig("attention", width=96, depth=4),
+        steps=4000,
+        learning_rate=1e-3,
+        minutes=45,
+    ),
+    Recipe(
+        name="digit-classifier",
+        about="Reads handwritten digits of 8 x 8 pixels. Chapter 1 compares generated digits with"
+        " real ones in its features.",
+        data=Labelled.open,
+        model=lambda digits: DigitClassifier(DigitClassifierConfig(classes=len(digits.classes))),
+        batch=_digit_batch,
+        loss=_digit_loss,
+        score=_digit_score,
+        steps=1000,
+        batch_size=64,
+        learning_rate=2e-3,
+        minutes=0.2,
+        warmup=50,
+        decay="cosine",
+        weight_decay=0.01,
+        ema=0.99,
+        chunk=32,
+        data_about="scikit-learn's handwritten digits (UCI ML repository, CC BY 4.0), four of five",
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
