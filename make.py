@@ -150,9 +150,10 @@ def setup() -> Path:
         return python
 
     started = time.monotonic()
-    ready = python.exists() and not subprocess.run(
-        [python, "-m", "pip", "--version"], capture_output=True
-    ).returncode
+    ready = (
+        python.exists()
+        and not subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode
+    )
     if not ready:
         create()
     minimum = "import sys; sys.exit(sys.version_info < (3, 11))"

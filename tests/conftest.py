@@ -1,0 +1,23 @@
+"""Shared by all tests: one thread a process, and generators instead of the global one."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in children
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two test processes on two cores; more threads would only wait for each other."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture
+def generator():
+    """A fresh generator with a fixed seed."""
+    import torch
+
+    return torch.Generator().manual_seed(20220413)  # the day that DALL·E 2's paper came out
