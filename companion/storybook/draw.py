@@ -291,10 +291,11 @@ def sea(c: Canvas, chance: Chance, light: Tensor) -> None:
     c.paint(wave, rgb("#e3f6f5") * (0.35 + 0.65 * light), 0.7 * (chance.at(cell, 52) > 0.3))
     shore = _hills(c, chance, 1, 0.845, 0.014, 6.0) - c.y
     c.paint(shore - 0.016, rgb("#f4fbf7") * (0.25 + 0.75 * light))
-    c.paint(shore, rgb("#f1d9a0") * light)
+    c.paint(shore, rgb("#f1d9a0") * _warmed(light))
 
 
 def desert(c: Canvas, chance: Chance, light: Tensor) -> None:
+    light = _warmed(light)
     for k, (height, swing, waves, code) in enumerate(
         ((0.50, 0.045, 5.2, "#eab876"), (0.62, 0.05, 4.4, "#f0c27c"), (0.77, 0.035, 3.6, "#f6d08d"))
     ):
@@ -305,6 +306,11 @@ def desert(c: Canvas, chance: Chance, light: Tensor) -> None:
         shade = _mix(sand * 0.74, sand, (0.5 + 0.5 * rising).unsqueeze(-3))
         fade = ((c.y - crest) / 0.16).clamp(0, 1).unsqueeze(-3)
         c.paint(crest - c.y, _mix(shade, sand, fade))
+
+
+def _warmed(light: Tensor) -> Tensor:
+    """Light for sand: half of its tint taken out, so that sand stays sand under a blue moon."""
+    return _mix(light, light.mean(), 0.5)
 
 
 def _pine(dx: Tensor, up: Tensor, height: Tensor, width: float) -> Tensor:
