@@ -25,11 +25,11 @@ LEAD = re.compile(rf"({'|'.join(LEADS)})\b(.*?)[.:?]?", re.DOTALL)
 EXERCISE = re.compile(r"Exercise \d+\.\d+\b")
 
 
-class box(nodes.General, nodes.Element):  # noqa: N801 (docutils names nodes in lower case)
+class box(nodes.General, nodes.Element):
     """A box: ``kind`` (its class), ``ids`` of its title; children are a title and a body."""
 
 
-class box_title(nodes.General, nodes.TextElement):  # noqa: N801
+class box_title(nodes.General, nodes.TextElement):
     """The box's title."""
 
 
@@ -84,7 +84,9 @@ class Exercises(SphinxTransform):
 
 def _visit_box(self: nodes.NodeVisitor, node: box) -> None:
     kind, title = node["kind"], node["title_id"]
-    self.body.append(f'<div class="box box-{kind}" role="note" aria-labelledby="{title}">\n')
+    self.body.append(
+        f'<div class="callout callout-{kind}" role="note" aria-labelledby="{title}">\n'
+    )
 
 
 def _depart_box(self: nodes.NodeVisitor, node: box) -> None:
@@ -92,7 +94,7 @@ def _depart_box(self: nodes.NodeVisitor, node: box) -> None:
 
 
 def _visit_title(self: nodes.NodeVisitor, node: box_title) -> None:
-    self.body.append(f'<p class="box-title" id="{node.parent["title_id"]}">')
+    self.body.append(f'<p class="callout-title" id="{node.parent["title_id"]}">')
 
 
 def _depart_title(self: nodes.NodeVisitor, node: box_title) -> None:

@@ -20,7 +20,7 @@ DRAWING = re.compile(r"(?:.*/)?machine-[a-z0-9-]+\.svg")
 LOGGER = logging.getLogger(__name__)
 
 
-class machine_drawing(nodes.General, nodes.Element):  # noqa: N801 (docutils' manner)
+class machine_drawing(nodes.General, nodes.Element):
     """An inlined drawing: ``svg`` (its text) and ``label`` (its name for screen readers)."""
 
 

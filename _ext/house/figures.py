@@ -42,7 +42,9 @@ class Figures(SphinxTransform):
                 continue
             emphasis = next(c for c in paragraph.children if isinstance(c, nodes.emphasis))
             rest = emphasis[0].astext()[match.end() :]
-            caption = nodes.caption("", "", nodes.strong("", match[1] + "."), nodes.Text(" " + rest))
+            caption = nodes.caption(
+                "", "", nodes.strong("", match[1] + "."), nodes.Text(" " + rest)
+            )
             caption += emphasis.children[1:]
             caption.source, caption.line = paragraph.source, paragraph.line
             figure = nodes.figure(names=[f"figure-{match[2].lower()}-{match[3]}"])

@@ -47,6 +47,7 @@ def mathjax_folder() -> Path:
 def use_local_files(app: Sphinx, config: Config) -> None:
     """Point Sphinx at the local MathJax and at the book's own assets."""
     config.mathjax_path = f"{MATHJAX}/tex-chtml.js"
+    config.numfig = False  # a figure's caption carries its number
     assets = Path(app.srcdir) / config.house_assets
     if assets.is_dir():
         config.html_static_path.append(str(assets))

@@ -19,7 +19,7 @@
 
   // A box that scrolls sideways must be reachable by keyboard, and only then be a stop.
   function reachScrollingBoxes() {
-    const boxes = "div.math, .pst-scrollable-table-container, .bd-article pre, .scrub-view";
+    const boxes = "div.math, .pst-scrollable-table-container, .bd-article pre";
     document.querySelectorAll(boxes).forEach(function (box) {
       if (box.scrollWidth > box.clientWidth + 1) box.setAttribute("tabindex", "0");
     });

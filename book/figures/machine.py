@@ -136,7 +136,8 @@ class Drawing:
         """A network or a rule: its name and one line below."""
         dashed = " train" if train else ""
         self.out.append(
-            f'<rect class="box tone{dashed}" x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="9"/>'
+            f'<rect class="box tone{dashed}" x="{x:g}" y="{y:g}" width="{w:g}" '
+            f'height="{h:g}" rx="9"/>'
         )
         self.text(x + w / 2, y + h / 2 - 3, name, "name", room=w - 6)
         self.text(x + w / 2, y + h / 2 + 12.5, note, "note", room=w - 6)
@@ -442,19 +443,20 @@ def svg(chapter: str) -> str:
     """The SVG file of one chapter."""
     d = draw(chapter)
     what, _ = CHAPTERS[chapter]
-    centre = sum(d.lit_x) / len(d.lit_x) / WIDTH if d.lit_x else 0.5
+    centre = sum(d.lit_x) / len(d.lit_x) / WIDTH if d.lit_x else 0.0
     describe = (
-        f"Lit here: {what}. The rows, from top to bottom. Noise: a picture of 64×64×3 gets noise by "
-        "a schedule; a denoiser, guidance and a sampler lead back, step by step, from pure noise to "
-        "a picture; beside it, what came before: GAN and VAE on digits of 8×8. CLIP: words go "
-        "through a tokenizer and a text encoder to text states (N×D) and an embedding z_t; a "
-        "picture goes through an image encoder to z_i, and training makes the two near. DALL·E 2: "
-        "the prior draws z_i from the words; the decoder gets z_i twice, added to the timestep and "
-        "as extra tokens, and the caption tokens, and makes 16×16×3 from noise; two upsamplers make "
-        "64×64 and 256×256. Imagen: a frozen language model, a base model of 16×16×3, and "
-        "super-resolution to 64×64×3 that reads the words again. Stable Diffusion: from noise of "
-        "8×8×4 a U-Net with cross-attention to the text states makes latents, and the autoencoder's "
-        "decoder a picture of 64×64×3; its encoder is used in training and image-to-image only."
+        f"Lit here: {what}. The rows, from top to bottom. Noise: a picture of 64×64×3 gets "
+        "noise by a schedule; a denoiser, guidance and a sampler lead back, step by step, "
+        "from pure noise to a picture; beside it, what came before: GAN and VAE on digits of "
+        "8×8. CLIP: words go through a tokenizer and a text encoder to text states (N×D) and "
+        "an embedding z_t; a picture goes through an image encoder to z_i, and training makes "
+        "the two near. DALL·E 2: the prior draws z_i from the words; the decoder gets z_i "
+        "twice, added to the timestep and as extra tokens, and the caption tokens, and makes "
+        "16×16×3 from noise; two upsamplers make 64×64 and 256×256. Imagen: a frozen language "
+        "model, a base model of 16×16×3, and super-resolution to 64×64×3 that reads the words "
+        "again. Stable Diffusion: from noise of 8×8×4 a U-Net with cross-attention to the "
+        "text states makes latents, and the autoencoder's decoder a picture of 64×64×3; its "
+        "encoder is used in training and image-to-image only."
     )
     body = "\n".join(d.out)
     return (
