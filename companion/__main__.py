@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train a network from its recipe",
         description="Train a network from its recipe. The run lies in runs/RECIPE: state to resume"
         " from, log, sample pictures, and in the end final/, the folder with the trained weights.",
-        epilog="Several GPUs or processes: accelerate launch -m companion train RECIPE. Ctrl-C"
+        epilog="Several GPUs: accelerate launch -m companion train RECIPE. Several CPU processes:"
+        " torchrun --nproc-per-node 2 -m companion train RECIPE --device cpu. Ctrl-C"
         " saves and stops; --resume goes on as if nothing had happened.",
     )
     train.set_defaults(run=_train)

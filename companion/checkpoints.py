@@ -114,11 +114,27 @@ def digest(tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str] | None 
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors and text ``notes`` to one safetensors file that carries its own digest."""
+    """Write tensors and text ``notes`` to one safetensors file that carries its own digest.
+
+    It is read back and compared before it takes the place of an older one.
+    """
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     header = {"format": "pt", **(notes or {})}
     with atomic_write(path) as part:
         save_file(whole, part, metadata={**header, DIGEST: digest(whole, header)})
+        _sort_header(part)
+        read_tensors(part)
+
+
+def _sort_header(path: Path) -> None:
+    """Put the notes first and in order: the library shuffles them, and equal must be equal."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        notes = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
+        text = json.dumps(notes | header, separators=(",", ":"), ensure_ascii=False)
+        file.seek(8)
+        file.write(text.encode().ljust(size))
 
 
 def save(

@@ -429,6 +429,7 @@ class _Run:
         self.precision, self.ahead, self.workers, self.quiet = precision, ahead, workers, quiet
         self.step = 0
         self.seconds = 0.0
+        self.sums: dict[str, Tensor] = {}
         self.stopped_by: int | None = None
 
     def go(self, saved: Path | None, threads: int | None, accelerator: Any) -> Result:
@@ -509,29 +510,28 @@ class _Run:
             mininterval=0.5,
             disable=self.quiet or not self.main,
         )
-        sums: dict[str, Tensor] = {}
-        since, since_step = time.perf_counter(), start
-        last = since
+        last = since = time.perf_counter()
+        timed = 0
         try:
             for batch in source:
                 if self.step == start:
                     self._check_pure(batch)
                 metrics = self._update(module, batch)
                 for key, value in metrics.items():
-                    sums[key] = sums.get(key, 0) + value
+                    self.sums[key] = self.sums.get(key, 0) + value
                 self.step += 1
+                timed += 1
                 now = time.perf_counter()
                 self.seconds += now - last
                 last = now
                 bar.update()
                 if self.step % recipe.log_every == 0 or self.step == recipe.steps:
-                    n = self.step - since_step
-                    rate = n * recipe.batch_size / (time.perf_counter() - since)
-                    line = self._log({k: v / n for k, v in sums.items()}, rate)
+                    rate = timed * recipe.batch_size / (time.perf_counter() - since)
+                    line = self._log(rate)
                     bar.set_postfix_str(
                         f"loss {line['loss']:.4g}, {rate:.0f} pictures/s", refresh=False
                     )
-                    sums, since, since_step = {}, time.perf_counter(), self.step
+                    since, timed = time.perf_counter(), 0
                 stop = self._agree(self.stopped_by is not None)
                 if stop or self.step % recipe.save_every == 0 or self.step == recipe.steps:
                     self._save()
@@ -628,6 +628,7 @@ class _Run:
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"model.{k}": x for k, x in self.model.state_dict().items()}
+        state |= {f"log.{k}": x for k, x in self.sums.items()}
         if self.recipe.ema is not None:
             state |= {f"ema.{k}": x for k, x in self.average.model.state_dict().items()}
         for name, p in self.model.named_parameters():
@@ -636,7 +637,8 @@ class _Run:
         return state
 
     def _save(self) -> None:
-        """Write the state beside the old one, read it back, and only then put it in its place."""
+        """Write the state; the old one stays until the new one is whole and has been read back."""
+        self._share_sums()
         if not self.main:
             return
         run = {
@@ -646,12 +648,11 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "plan": self._plan(),
         }
-        with checkpoints.atomic_write(self.out / "state.safetensors") as part:
-            checkpoints.write_tensors(part, self._state(), {"run": json.dumps(run)})
-            checkpoints.read_tensors(part)
+        notes = {"run": json.dumps(run)}
+        checkpoints.write_tensors(self.out / "state.safetensors", self._state(), notes)
 
     def _restore(self, saved: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimiser": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimiser": {}, "log": {}}
         for name, x in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = x
@@ -664,6 +665,7 @@ class _Run:
                 f"{saved} does not fit the model of recipe {self.recipe.name}, which has changed"
                 f" since: {error} Start anew with --out."
             ) from None
+        self.sums = {key: x.to(self.device) for key, x in parts["log"].items()}
         parameters = dict(self.model.named_parameters())
         for name, x in parts["optimiser"].items():
             key, _, rest = name.partition(".")
@@ -691,9 +693,18 @@ class _Run:
         except OSError as error:
             raise ValueError(f"{self.out} cannot be written to ({error}). Use --out.") from None
 
-    def _log(self, means: dict[str, Tensor], rate: float) -> dict[str, float]:
+    def _share_sums(self) -> None:
         if self.processes > 1:
-            means = {k: self.acc.reduce(v, "mean") for k, v in means.items()}
+            self.sums = {k: self.acc.reduce(v, "mean") for k, v in sorted(self.sums.items())}
+
+    def _log(self, rate: float) -> dict[str, float]:
+        """Write the means since the last line; a resumed run writes what a whole one would."""
+        n = (self.step - 1) % self.recipe.log_every + 1
+        self._share_sums()
+        means = {
+            key: self.sums[key] / n for key in sorted(self.sums, key=lambda k: (k != "loss", k))
+        }
+        self.sums = {}
         line = {"step": self.step, **{k: v.item() for k, v in means.items()}}
         line |= {"lr": learning_rate(self.recipe, self.step - 1), "pictures/s": round(rate, 1)}
         if self.main:
