@@ -1,4 +1,4 @@
-"""One tiny model a family, chosen so that every trap shows: what is stored, and what faults must move.
+"""One tiny model a family, chosen so that every trap shows: stored, and moved by every fault.
 
 A case names our class, its configuration, its inputs, and how to run ours and the stock one.
 """
@@ -35,13 +35,13 @@ class Case:
 
 
 TEXT = {
-    "vocab_size": 24, "hidden_size": 12, "intermediate_size": 20, "projection_dim": 6,
+    "vocab_size": 26, "hidden_size": 12, "intermediate_size": 20, "projection_dim": 6,
     "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 8,
     "hidden_act": "quick_gelu", "bos_token_id": 22, "eos_token_id": 23, "pad_token_id": 0,
 }  # fmt: skip
-# Two texts that end early. Padded with 0, as Karlo pads; a word stands behind the end of one, so
-# that looking ahead or pooling at the last place shows.
-IDS = torch.tensor([[22, 5, 9, 23, 0, 7, 0, 0], [22, 4, 4, 11, 3, 23, 0, 0]])
+# Two texts that end early. Padded with 0, as Karlo pads; a word stands behind the end of one, and a
+# number above the end token's before it, so that pooling anywhere else shows.
+IDS = torch.tensor([[22, 5, 25, 23, 0, 7, 0, 0], [22, 4, 4, 11, 3, 23, 0, 0]])
 
 
 def _text(x, projected):
@@ -57,7 +57,7 @@ CASES = {
         lambda m, ids: _text(m(ids), False),
         lambda m, ids: m["text_model"](ids, return_dict=False)[:2],
     ),
-    # "2" in a configuration of 2022 means "the highest number", here 23 as well.
+    # "2" in a configuration of 2022 means "the highest number".
     "clip_text_projected": Case(
         TEXT | {"eos_token_id": 2, "hidden_act": "gelu"},
         lambda c: CLIPTextProjected(CLIPTextConfig(**c)),

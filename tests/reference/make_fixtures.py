@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
@@ -33,6 +34,26 @@ def answer(model: torch.nn.Module, run, case: Case) -> dict[str, torch.Tensor]:
     sum((y * torch.randn(y.shape, generator=g, dtype=y.dtype)).sum() for y in outputs).backward()
     found = {f"output.{i}": y.detach() for i, y in enumerate(outputs)}
     return found | {f"gradient.{k}": v.grad for k, v in leaves.items() if v.grad is not None}
+
+
+def load(name: str) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
+    """The configuration of a stored model; its parameters, inputs, outputs and gradients."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
+        for key in file.keys():
+            kind, _, rest = key.partition(".")
+            parts.setdefault(kind, {})[rest] = file.get_tensor(key)
+        return json.loads(file.metadata()["config"]), parts
+
+
+def ours(name: str) -> tuple[torch.nn.Module, dict[str, dict[str, torch.Tensor]]]:
+    """Our model with the stored parameters, and the stored inputs and answers."""
+    case = CASES[name]
+    config, parts = load(name)
+    assert config == json.loads(json.dumps(case.config)), "make_fixtures.py has to run again"
+    model = case.ours(case.config).double()
+    model.load_state_dict(parts["parameter"], strict=True)
+    return model, parts
 
 
 def main() -> None:

@@ -1,34 +1,13 @@
 """Equality with stored answers: needs no diffusers, no transformers, and outlives both."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from reference.cases import CASES
-from reference.make_fixtures import FIXTURES, answer
+from reference.make_fixtures import FIXTURES, answer, load, ours
 from reference.oracle import TOLERANCE, distance, randomise
-
-
-def load(name: str) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            kind, _, rest = key.partition(".")
-            parts.setdefault(kind, {})[rest] = file.get_tensor(key)
-        return json.loads(file.metadata()["config"]), parts
-
-
-def ours(name: str) -> tuple[torch.nn.Module, dict[str, dict[str, torch.Tensor]]]:
-    """Our model with the stored parameters, and the stored inputs and answers."""
-    case = CASES[name]
-    config, parts = load(name)
-    assert config == json.loads(json.dumps(case.config)), "make_fixtures.py has to run again"
-    model = case.ours(case.config).double()
-    model.load_state_dict(parts["parameter"], strict=True)
-    return model, parts
 
 
 @pytest.mark.parametrize("name", CASES)
