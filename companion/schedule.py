@@ -275,7 +275,7 @@ class Schedule:
             noise.shape == x0.shape,
             f"noise has shape {tuple(noise.shape)}; expected that of x0, {tuple(x0.shape)}.",
         )
-        t = self._whole(t)
+        t = self.whole(t)
         return spread(self.signal(t), x0) * x0 + spread(self.noise(t), x0) * noise
 
     def step(
@@ -292,7 +292,7 @@ class Schedule:
             generator: Source of the noise, drawn on its own device and then moved.
         """
         errors.tensor("x", x, dtype="float")
-        beta = self.betas[self._whole(t)]
+        beta = self.betas[self.whole(t)]
         return spread((1 - beta).sqrt(), x) * x + spread(beta.sqrt(), x) * draw(x, generator)
 
     def __len__(self) -> int:
@@ -315,8 +315,8 @@ class Schedule:
         errors.tensor("t", t, low=0, high=len(self) - 1)
         return t.cpu().double() if t.is_floating_point() else t.cpu().long()
 
-    def _whole(self, t: int | torch.Tensor) -> torch.Tensor:
-        """``t`` as an int64 tensor; a fractional type is refused."""
+    def whole(self, t: int | torch.Tensor) -> torch.Tensor:
+        """``t`` checked, as an int64 tensor on the CPU; a fractional type is refused."""
         if isinstance(t, float) or (isinstance(t, torch.Tensor) and t.is_floating_point()):
             kind = t.dtype if isinstance(t, torch.Tensor) else "float"
             raise TypeError(
