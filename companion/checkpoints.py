@@ -105,7 +105,8 @@ def digest(tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str] | None 
     total = hashlib.sha256()
     for key, note in sorted((notes or {}).items()):
         total.update(json.dumps([key, note]).encode())
-    for name, x in sorted(tensors.items()):
+    for name in sorted(tensors):
+        x = tensors[name]  # one at a time: they may still lie in a file
         total.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
         total.update(_bytes(x))
     return total.hexdigest()
@@ -410,7 +411,7 @@ def card_page(card: Mapping[str, object]) -> str:
                 interval = "" if low is None or high is None else f"{_show(low)} … {_show(high)}"
                 row = f"{_show(value.get('value'))} | {interval} | {_show(value.get('n', ''))}"
             else:
-                row = f"{_show(value)} | | "
+                row = f"{_show(value)} | |"
             lines.append(f"| {key} | {row} |")
         lines.append("")
     lines += ["## How these weights came about", "", "| | |", "|---|---|"]
@@ -506,9 +507,6 @@ class _Lazy(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.keys_)
-
-    def items(self) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
-        return ((key, self[key]) for key in sorted(self.keys_))
 
 
 def _verify_card(path: Path) -> bool:
