@@ -71,7 +71,7 @@ def style() -> None:
             "axes.labelcolor": ink,
             "axes.titlecolor": ink,
             "axes.titlesize": 11,
-            "axes.titleweight": 600,
+            "axes.titleweight": "bold",
             "axes.titlelocation": "left",
             "axes.labelsize": 10,
             "axes.linewidth": 0.8,

@@ -35,13 +35,14 @@ STYLE = """
 .scrub-strip{min-width:0;max-width:100%}
 .scrub-title{font-weight:600;font-size:.9em;margin:0 0 .3em}
 .scrub-view{overflow-x:auto;max-width:100%;border-radius:8px}
-.scrub-view img{display:block;max-width:none;image-rendering:pixelated;margin:0}
+.scrub .scrub-view img{display:block;max-width:none;image-rendering:pixelated;margin:0;padding:0;
+border:0;border-radius:0}
 .scrub-bar{display:none}
 .scrub-says{font-variant-numeric:tabular-nums;margin:.4em 0 0;min-height:1.5em}
 .scrub-on .scrub-strips{flex-wrap:nowrap}
 .scrub-on .scrub-strip{flex:0 1 var(--size)}
 .scrub-on .scrub-view{overflow:hidden;width:100%;aspect-ratio:var(--ratio)}
-.scrub-on .scrub-view img{width:calc(100%*var(--n));height:auto}
+.scrub.scrub-on .scrub-view img{width:calc(100%*var(--n));height:auto}
 .scrub-on .scrub-bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5em .9em;margin-top:.7em}
 .scrub-bar label{display:flex;align-items:center;gap:.7em;flex:1 1 14em;max-width:36em}
 .scrub-bar label.scrub-pick{flex:0 1 auto}
@@ -51,7 +52,7 @@ border:1px solid currentColor;border-radius:6px;padding:.15em .7em;min-height:1.
 .scrub-bar option{color:#111;background:#fff}
 .scrub-bar :focus-visible{outline:3px solid;outline-offset:2px}
 @media print{.scrub-on .scrub-strips{display:block}.scrub-on .scrub-view{aspect-ratio:auto}
-.scrub-on .scrub-view img{width:100%;transform:none!important}
+.scrub.scrub-on .scrub-view img{width:100%;transform:none!important}
 .scrub-on .scrub-bar,.scrub-on .scrub-says{display:none}}
 """.strip().replace("\n", "")
 
@@ -313,7 +314,7 @@ def _encode(image: Image) -> str:
     """A data address: PNG, or JPEG where noise makes PNG more than twice as large."""
     png, jpeg = io.BytesIO(), io.BytesIO()
     image.save(png, "png", optimize=True)
-    image.save(jpeg, "jpeg", quality=88, subsampling=0)
+    image.save(jpeg, "jpeg", quality=80, subsampling=0)
     use_jpeg = 2 * len(jpeg.getvalue()) < len(png.getvalue())
     kind, data = ("jpeg", jpeg) if use_jpeg else ("png", png)
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -46,14 +46,13 @@ class Boxes(SphinxTransform):
                 continue
             kind, title = found
             paragraph = quote[0]
-            del paragraph[0]
-            if paragraph.children and isinstance(paragraph[0], nodes.Text):
-                text = paragraph[0].astext().lstrip()
-                paragraph[0:1] = [nodes.Text(text)] if text else []
+            paragraph.remove(_written(paragraph)[0])
+            if (rest := _written(paragraph)) and isinstance(rest[0], nodes.Text):
+                paragraph.replace(rest[0], nodes.Text(rest[0].astext().lstrip()))
             count += 1
             made = box(kind=kind, title_id=f"box-{count}")
             made += box_title(title, title)
-            made += [child for child in quote.children if child.children or child is not paragraph]
+            made += [child for child in quote if child is not paragraph or _written(paragraph)]
             quote.replace_self(made)
 
 
@@ -61,13 +60,16 @@ def _lead(quote: nodes.block_quote) -> tuple[str, str] | None:
     """The box's kind and title, or None if this is an ordinary block quote."""
     if not quote.children or not isinstance(quote[0], nodes.paragraph):
         return None
-    paragraph = quote[0]
-    if not paragraph.children or not isinstance(paragraph[0], nodes.strong):
-        return None
-    match = LEAD.fullmatch(paragraph[0].astext().strip())
+    first = next(iter(_written(quote[0])), None)
+    match = LEAD.fullmatch(first.astext().strip()) if isinstance(first, nodes.strong) else None
     if match is None:
         return None
     return LEADS[match[1]], match[1] + match[2]
+
+
+def _written(paragraph: nodes.paragraph) -> list[nodes.Node]:
+    """The children that are not empty text (the parser may put some at the beginning)."""
+    return [c for c in paragraph if not (isinstance(c, nodes.Text) and not c.strip())]
 
 
 class Exercises(SphinxTransform):

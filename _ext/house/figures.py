@@ -9,6 +9,8 @@ the same way. The page gets ``<figure id="figure-2-1">`` with a ``<figcaption>``
 from __future__ import annotations
 
 import re
+import struct
+from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -53,6 +55,32 @@ class Figures(SphinxTransform):
             figure += [picture, caption]
             self.document.note_explicit_target(figure, figure)
             paragraph.parent.remove(paragraph)
+
+
+class Sizes(SphinxTransform):
+    """Give a plot the size that it was drawn for: a PNG that says 160 dots an inch is shown so."""
+
+    default_priority = 505
+
+    def apply(self, **kwargs: object) -> None:
+        """Walk the pictures that cells show."""
+        for image in self.document.findall(nodes.image):
+            width = png_width(Path(self.env.srcdir) / image["uri"].lstrip("/"))
+            if width and "width" not in image:
+                image["width"] = f"{width:.0f}px"
+
+
+def png_width(path: Path) -> float | None:
+    """The width of a PNG in CSS pixels (96 to the inch), if it says how many dots it has."""
+    if path.suffix != ".png" or not path.is_file():
+        return None
+    data = path.read_bytes()[:4096]
+    at = data.find(b"pHYs")
+    if at < 0 or data[at + 12] != 1:
+        return None
+    (pixels,) = struct.unpack(">I", data[16:20])
+    (per_metre,) = struct.unpack(">I", data[at + 4 : at + 8])
+    return 96 * pixels / (per_metre * 0.0254)
 
 
 def _caption(paragraph: nodes.paragraph) -> re.Match[str] | None:
@@ -105,4 +133,5 @@ def _ancestors(node: nodes.Node) -> list[nodes.Node]:
 
 def setup(app: Sphinx) -> None:
     """Register."""
+    app.add_transform(Sizes)
     app.add_transform(Figures)
