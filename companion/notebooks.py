@@ -392,9 +392,9 @@ def details(notebook: Notebook, path: Path) -> Iterator[str]:
 
 
 def citations(notebook: Notebook, path: Path) -> Iterator[str]:
-    """Every arXiv paper that is linked stands in the bibliography beside the notebook."""
-    bibliography = path.parent / "references.bib"
-    known = bibliography.read_text(encoding="utf-8") if bibliography.exists() else ""
+    """Every arXiv paper that is linked stands in the bibliography beside or above the notebook."""
+    files = [folder / "references.bib" for folder in path.resolve().parents[:2]]
+    known = "".join(file.read_text(encoding="utf-8") for file in files if file.exists())
     pattern = r"arxiv\.org/(?:abs|pdf|html)/((?:[a-z-]+/\d{7})|(?:\d{4}\.\d{4,5}))"
     for name, _, source in _numbered(notebook, "markdown"):
         for paper in dict.fromkeys(re.findall(pattern, source)):
@@ -451,7 +451,7 @@ def problems(path: str | Path) -> list[str]:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         format_ = notebook["nbformat"], notebook["nbformat_minor"]
         notebook["cells"], notebook["metadata"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"it is not a notebook: {error!r}"]
     if format_ < (4, 5):
         return [f"it is in notebook format {format_[0]}.{format_[1]}, older than 4.5: run "

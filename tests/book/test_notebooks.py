@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -440,7 +441,7 @@ def verdicts(tmp_path_factory, number_line) -> dict[str, bool]:
     )  # fmt: skip
     results = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        name = case.get("classname").rsplit(".", 1)[-1]
+        name = re.split(r"[./]", case.get("classname").removesuffix(".ipynb"))[-1]
         results[name] = len(case) == 0
     assert results.keys() == cases.keys()
     return results
