@@ -54,6 +54,9 @@ class Figures(SphinxTransform):
             picture.replace_self(figure)
             figure += [picture, caption]
             self.document.note_explicit_target(figure, figure)
+            # where MyST looks up links from other pages: name -> (line, id, title)
+            slugs = self.env.metadata[self.env.docname].setdefault("myst_slugs", {})
+            slugs[figure["ids"][0]] = (figure.line, figure["ids"][0], match[1])
             paragraph.parent.remove(paragraph)
 
 
