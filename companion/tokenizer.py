@@ -68,7 +68,8 @@ class Tokenizer:
         as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, as_bytes])
         self._bpe.decoder = decoders.ByteLevel()
-        self._bpe.add_special_tokens([START, END])
+        # Trap: the padding is a special piece too, so Karlo reads a "!" in a prompt as padding.
+        self._bpe.add_special_tokens([START, END, pad])
 
     def __len__(self) -> int:
         """How many pieces there are."""
@@ -145,7 +146,10 @@ class Tokenizer:
             merges = [m.split() if isinstance(m, str) else m for m in model["merges"]]
         else:
             raise CheckpointError(f"{path} has neither vocab.json nor tokenizer.json.")
-        pad = config.get("pad_token", END)
+        pad = config.get("pad_token")
+        if pad is None and (path / "special_tokens_map.json").is_file():
+            pad = read_json(path / "special_tokens_map.json").get("pad_token")
+        pad = pad or END
         pad = pad["content"] if isinstance(pad, dict) else pad
         try:
             return cls(vocabulary, merges, int(config.get("model_max_length", 77)), pad)

@@ -57,7 +57,7 @@ FAULTS = [
     ("decoder", "embedding not added", "adm", "temb = temb + self.class_embedding(embedding)", "pass"),
     ("decoder", "no residual around attention", "attention", "return x + h.transpose(1, 2)", "return h.transpose(1, 2)"),
     ("upsampler", "middle attends all the same", "adm", "if c.looks_at_text or c.add_attention else", "if True else"),
-    ("upsampler", "grows after the convolution", "resnet", 'mode="nearest") for y in (x, h))', 'mode="bilinear") for y in (x, h))'),
+    ("upsampler", "bilinear in residual blocks", "resnet", 'mode="nearest") for y in (x, h))', 'mode="bilinear") for y in (x, h))'),
     ("pixels", "heads by number, not by width", "adm", "width // head, c.cross", "head, c.cross"),
     ("pixels", "attention without its norm", "attention", "self.group_norm(x).flatten(2)", "x.flatten(2)"),
     ("text_proj", "tokens one after another", "prior", "unflatten(1, (-1, self.config.clip_extra_context_tokens)).transpose(1, 2)", "unflatten(1, (self.config.clip_extra_context_tokens, -1))"),
