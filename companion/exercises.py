@@ -35,19 +35,21 @@ def exercise(name: str) -> Callable:
     return register
 
 
-def check(name: str, answer: object) -> bool:
-    """Print one line about an answer: right, or not yet and why. Returns whether it was right."""
+def verdict(name: str, answer: object) -> str:
+    """"right", or "not yet" and why."""
     errors.one_of("exercise", name, CHECKS)
     try:
         CHECKS[name](answer)
     except NotYet as why:
-        print(f"Exercise {name}: not yet. {why}")
-        return False
+        return f"not yet. {why}"
     except Exception as error:  # a reader may raise anything: show it, let the notebook go on
-        print(f"Exercise {name}: not yet. Your answer raised {type(error).__name__}: {error}")
-        return False
-    print(f"Exercise {name}: right.")
-    return True
+        return f"not yet. Your answer raised {type(error).__name__}: {error}"
+    return "right."
+
+
+def check(name: str, answer: object) -> None:
+    """Print one line about an answer: right, or not yet and why."""
+    print(f"Exercise {name}: {verdict(name, answer)}")
 
 
 # ---------------------------------------------------------------- comparing answers
