@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from companion import checkpoints, errors
 from companion.checkpoints import CheckpointError
+from companion.data import ImageFolder
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECAYS = ("constant", "cosine", "linear")
@@ -357,9 +358,9 @@ def train(
             )
     saved = _find_state(out, recipe, resume)
     folder = None if data is None else Path(data)
+    if folder is not None:
+        ImageFolder(folder, 1).check()  # an unreadable picture shows now, not in the night
     source = recipe.data(folder)
-    if hasattr(source, "check"):
-        source.check()  # an unreadable picture shows now, not in the night
     return _Run(recipe, out, folder, source, precision, ahead, workers, quiet).go(
         saved, threads, _accelerator(device)
     )

@@ -21,61 +21,65 @@ import torch
 import torch._dynamo  # its optimisers import it
 import tqdm  # noqa: F401 - children share it
 
+from companion.checkpoints import read_tensors
 from companion.recipes import RECIPES
 from companion.train import train
 
-RECIPE = replace(RECIPES["digit-classifier"], steps=400, save_every=1, log_every=7)
+RECIPE = replace(RECIPES["digit-classifier"], steps=300, log_every=7)
 
 
-def _child(out: Path, resume: bool) -> int:
+def _child(out: Path, save_every: int, resume: bool) -> int:
     """The process number of a fork that trains."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            train(RECIPE, out, resume=resume, quiet=True, device="cpu", threads=1)
+            recipe = replace(RECIPE, save_every=save_every)
+            train(recipe, out, resume=resume, quiet=True, device="cpu", threads=1)
             code = 0
         finally:
             os._exit(code)
     return pid
 
 
-def _ended(pid: int) -> int | None:
-    done, status = os.waitpid(pid, os.WNOHANG)
-    return status if done else None
+def _kill(pid: int, out: Path, saves: int, pause: float, in_write: bool) -> None:
+    """SIGKILL a child ``pause`` seconds after its save number ``saves``, or in its next write."""
+    state, seen, last = out / "state.safetensors", -1, None
+    while seen < saves:
+        now = state.stat().st_ino if state.exists() else 0
+        seen, last = seen + (now != last), now
+        _still(pid)
+    time.sleep(pause)
+    while in_write and not any(out.glob(".state.safetensors.*.part")):
+        _still(pid)
+    _still(pid)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def _still(pid: int) -> None:
+    time.sleep(0.0002)
+    if os.waitpid(pid, os.WNOHANG)[0]:
+        raise SystemExit("a run ended by itself: nothing was killed")
 
 
 def main() -> None:
     out, kills, chance = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     torch.set_num_threads(1)
-    in_writes, before_first_save, steps = 0, 0, []
+    in_writes, steps = 0, []
     for i in range(kills):
-        pid = _child(out / "killed", resume=i > 0)
-        started = time.monotonic()
-        # every third kill waits for a file that is being written, the others for a random moment
-        wait = chance.uniform(0.0, 0.4)
-        while _ended(pid) is None:
-            waited = time.monotonic() - started
-            writing = any((out / "killed").glob(".state.safetensors.*.part"))
-            if waited > wait and (i % 3 or writing):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                break
-            time.sleep(0.0002)
-        else:
-            raise SystemExit(f"run {i} ended by itself: nothing was killed")
+        pid = _child(out / "killed", 1, resume=i > 0)
+        # counted in saves, so that a slow machine is killed at as many moments as a fast one
+        _kill(pid, out / "killed", chance.randrange(12), chance.uniform(0, 0.03), i % 3 == 0)
         in_writes += any((out / "killed").glob(".state.safetensors.*.part"))
-        before_first_save += not (out / "killed" / "state.safetensors").exists()
-        log = out / "killed" / "log.jsonl"
-        steps.append(log.read_text().count("\n") if log.exists() else 0)
-    for name in ("killed", "whole"):
-        pid = _child(out / name, resume=True)
-        _, status = os.waitpid(pid, 0)
-        if status:
+        state = out / "killed" / "state.safetensors"
+        notes = read_tensors(state)[1] if state.exists() else {"run": "{}"}
+        steps.append(json.loads(notes["run"]).get("step", -1))
+    for name, save_every in (("killed", 1), ("whole", 1000)):
+        pid = _child(out / name, save_every, resume=True)
+        if os.waitpid(pid, 0)[1]:
             raise SystemExit(f"the last run of {name} failed")
-    print(
-        json.dumps({"in_writes": in_writes, "before_first_save": before_first_save, "lines": steps})
-    )
+    print(json.dumps({"in_writes": in_writes, "steps": steps}))
 
 
 if __name__ == "__main__":
