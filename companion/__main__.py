@@ -1,12 +1,13 @@
-"""``python -m companion``: train a network of the book, check folders of weights."""
+"""``python -m companion``: train a network of the book, check folders of weights.
+
+torch is imported by the commands alone, so that ``--help`` answers at once.
+"""
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
-
-from companion import errors
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +47,8 @@ def _bad_input(error: Exception) -> int:
 
 
 def _from_check(error: Exception) -> bool:
+    from companion import errors
+
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -121,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(chosen: argparse.Namespace) -> int:
+    from companion import errors
     from companion.recipes import RECIPES
     from companion.train import train
 
