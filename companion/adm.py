@@ -145,7 +145,7 @@ class ADMUNet(Pretrained):
         for i, (kind, out) in enumerate(zip(c.down_block_types, widths, strict=True)):
             depth, lowest = c.layers_per_block, i == len(widths) - 1
             resnets = [block(width if j == 0 else out, out) for j in range(depth)]
-            attentions = [look(out, head[i]) for _ in range(depth) if kind != PLAIN[0]]
+            attentions = [look(out, head[i]) for _ in range(depth)] if kind != PLAIN[0] else []
             shrink = None if lowest else block(out, out, resample="down")
             self.down_blocks.append(DownStage(resnets, attentions, shrink))
             seen += [out] * (depth if lowest else depth + 1)
@@ -159,7 +159,7 @@ class ADMUNet(Pretrained):
             depth, highest = c.layers_per_block + 1, i == len(widths) - 1
             resnets = [block((width if j == 0 else out) + seen.pop(), out) for j in range(depth)]
             # Trap: on the way up stock counts attention_head_dim from the top again, not reversed.
-            attentions = [look(out, head[i]) for _ in range(depth) if kind != PLAIN[1]]
+            attentions = [look(out, head[i]) for _ in range(depth)] if kind != PLAIN[1] else []
             grow = None if highest else block(out, out, resample="up")
             self.up_blocks.append(UpStage(resnets, attentions, grow))
             width = out

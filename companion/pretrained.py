@@ -117,7 +117,7 @@ class Pretrained(nn.Module):
         """A new module whose starting weights depend on ``generator`` alone."""
         seed = int(torch.randint(2**62, (), generator=generator))
         with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global generator
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # manual_seed would reach every GPU too
             return cls(config)
 
     @classmethod

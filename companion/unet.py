@@ -94,26 +94,26 @@ class UNet(Pretrained):
 
         width, seen = first, [first]  # channels now, and of all that the way up will see again
         self.down_blocks = nn.ModuleList()
-        for kind, out, h in zip(c.down_block_types, widths, heads, strict=True):
-            lowest = len(self.down_blocks) == len(widths) - 1
-            depth = c.layers_per_block
-            resnets = [block(width if i == 0 else out, out) for i in range(depth)]
-            attentions = [look(out, h) for _ in range(depth) if kind.startswith("Cross")]
-            self.down_blocks.append(
-                DownStage(resnets, attentions, None if lowest else Downsample(out))
-            )
+        for i, (kind, out) in enumerate(zip(c.down_block_types, widths, strict=True)):
+            depth, lowest = c.layers_per_block, i == len(widths) - 1
+            resnets = [block(width if j == 0 else out, out) for j in range(depth)]
+            cross = kind == "CrossAttnDownBlock2D"
+            attentions = [look(out, heads[i]) for _ in range(depth)] if cross else []
+            shrink = None if lowest else Downsample(out)
+            self.down_blocks.append(DownStage(resnets, attentions, shrink))
             seen += [out] * (depth if lowest else depth + 1)
             width = out
 
         self.mid_block = MidStage([block(last, last), block(last, last)], [look(last, heads[-1])])
 
         self.up_blocks = nn.ModuleList()
-        for kind, out, h in zip(c.up_block_types, widths[::-1], heads[::-1], strict=True):
-            highest = len(self.up_blocks) == len(widths) - 1
-            depth = c.layers_per_block + 1  # one more than on the way down, for the downsampler's
-            resnets = [block((width if i == 0 else out) + seen.pop(), out) for i in range(depth)]
-            attentions = [look(out, h) for _ in range(depth) if kind.startswith("Cross")]
-            self.up_blocks.append(UpStage(resnets, attentions, None if highest else Upsample(out)))
+        for i, (kind, out) in enumerate(zip(c.up_block_types, widths[::-1], strict=True)):
+            depth, highest = c.layers_per_block + 1, i == len(widths) - 1  # + 1: also sees a shrink
+            resnets = [block((width if j == 0 else out) + seen.pop(), out) for j in range(depth)]
+            cross = kind == "CrossAttnUpBlock2D"
+            attentions = [look(out, heads[-1 - i]) for _ in range(depth)] if cross else []
+            grow = None if highest else Upsample(out)
+            self.up_blocks.append(UpStage(resnets, attentions, grow))
             width = out
 
         self.conv_norm_out = nn.GroupNorm(groups, first, c.norm_eps)
