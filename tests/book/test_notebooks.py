@@ -153,7 +153,8 @@ def test_a_picture_is_replaced_only_if_its_pixels_moved(book, tmp_path, levels, 
     """A stored picture that differs by rounding stays; a stroke that moved is drawn anew."""
     notebook = json.loads(book.read_text(encoding="utf-8"))
     data = picture_of(notebook)
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["image/png"])))).copy()
+    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+    pixels = np.asarray(picture.convert("RGBA")).copy()
     pixels[5, 5, :3] = np.where(pixels[5, 5, :3] > 127, pixels[5, 5, :3] - levels, levels)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")
