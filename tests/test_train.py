@@ -23,7 +23,6 @@ from companion.checkpoints import CheckpointError
 from companion.recipes import RECIPES
 from companion.train import Recipe, TrainingError
 
-# torchrun's own store and gloo say these things about themselves
 HERE = Path(__file__).parent
 
 
@@ -498,6 +497,22 @@ def test_a_constant_rate_may_go_on_for_longer(tmp_path):
     assert checkpoints.read_card(tmp_path / "a" / "final")["steps"] == 30
     with pytest.raises(ValueError, match="has steps = 30, now it is 12"):
         run(steady, tmp_path / "a", steps=12, resume=True)
+
+
+def test_a_resumed_run_has_the_threads_that_it_had(tmp_path):
+    """Sums in another order would round otherwise: the number of threads is part of the state."""
+    seen = []
+
+    def loss(model, batch, data):
+        seen.append(torch.get_num_threads())
+        return LINE.loss(model, batch, data)
+
+    before = torch.get_num_threads()
+    recipe = replace(LINE, loss=loss)
+    stop_at(recipe, tmp_path, 3, threads=before + 1)
+    assert set(seen) == {before + 1} and torch.get_num_threads() == before
+    run(recipe, tmp_path, resume=True)
+    assert len(seen) == 30 and set(seen) == {before + 1} and torch.get_num_threads() == before
 
 
 def test_resume_with_nothing_there_starts(tmp_path):
