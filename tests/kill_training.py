@@ -46,7 +46,7 @@ def _kill(pid: int, out: Path, saves: int, pause: float, in_write: bool) -> None
     """SIGKILL a child ``pause`` seconds after its save number ``saves``, or in its next write."""
     state, seen, last = out / "state.safetensors", -1, None
     while seen < saves:
-        now = state.stat().st_ino if state.exists() else 0
+        now = state.stat().st_mtime_ns if state.exists() else 0
         seen, last = seen + (now != last), now
         _still(pid)
     time.sleep(pause)

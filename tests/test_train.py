@@ -393,8 +393,10 @@ def test_mixed_precision_trains_and_resumes(tmp_path, whole, precision):
     stop_at(LINE, tmp_path / "b", 11, precision=precision)
     run(LINE, tmp_path / "b", precision=precision, resume=True)
     assert_same(state(tmp_path / "a"), state(tmp_path / "b"))
+    notes = [checkpoints.read_tensors(tmp_path / n / "state.safetensors")[1]["run"] for n in "ab"]
+    scalers = [json.loads(note)["scaler"] for note in notes]
+    assert scalers[0] == scalers[1] and bool(scalers[0]) == (precision == "fp16")
     close, exact = weights(tmp_path / "a")["map.weight"], weights(whole)["map.weight"]
-    # fp16's first steps overflow and are skipped while its scale settles
     assert torch.allclose(close, exact, atol=0.1) and not torch.equal(close, exact)
     with pytest.raises(ValueError, match="has precision = '.*', now it is 'fp32'"):
         run(LINE, tmp_path / "a", resume=True)
