@@ -21,3 +21,13 @@ def generator():
     import torch
 
     return torch.Generator().manual_seed(20220413)  # the day that DALL·E 2's paper came out
+
+
+@pytest.fixture
+def record_property(record_property):
+    """Two test processes hand each other plain data: a number of numpy's or torch's becomes one."""
+
+    def record(name: str, value: object) -> None:
+        record_property(name, value.item() if hasattr(value, "item") else value)
+
+    return record
