@@ -231,12 +231,22 @@ def noised(pictures: Tensor, sigma: float, generator: torch.Generator) -> Tensor
 
 
 def shuffled(pictures: Tensor, patch: int, generator: torch.Generator) -> Tensor:
-    """Cut each picture into squares and lay them in a random order."""
+    """Cut each picture into squares and lay them in a random order.
+
+    At least one piece leaves its row: left and right halves alone may change places and still make
+    a scene.
+    """
     b, c, h, w = pictures.shape
     rows, columns = h // patch, w // patch
     cut = pictures.view(b, c, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
     cut = cut.reshape(b, rows * columns, c, patch, patch)
-    order = torch.stack([torch.randperm(rows * columns, generator=generator) for _ in range(b)])
+    home = torch.arange(rows * columns) // columns
+    orders: list[Tensor] = []
+    while len(orders) < b:
+        order = torch.randperm(rows * columns, generator=generator)
+        if (order // columns != home).any():
+            orders.append(order)
+    order = torch.stack(orders)
     cut = cut[torch.arange(b).unsqueeze(1), order]
     cut = cut.view(b, rows, columns, c, patch, patch).permute(0, 3, 1, 4, 2, 5)
     return cut.reshape(b, c, h, w)

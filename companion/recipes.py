@@ -178,17 +178,17 @@ _ALL = (
         "Reads sky, place, stream, things, colours and positions from a 64 x 64 picture, or says"
         " that it shows no scene. A convolutional network.",
         judge.JudgeConfig("convolution", width=24, depth=4),
-        steps=4000,
+        steps=1500,
         learning_rate=2e-3,
-        minutes=45,
+        minutes=15,
     ),
     _judge(
         "judge-second",
         "The second judge, a Transformer over patches: it checks the first.",
         judge.JudgeConfig("attention", width=96, depth=4),
-        steps=4000,
+        steps=1500,
         learning_rate=1e-3,
-        minutes=45,
+        minutes=15,
     ),
     Recipe(
         name="digit-classifier",

@@ -149,14 +149,18 @@ def pictures(
 
     import matplotlib.pyplot as plt
 
+    gap, edge, title_high, line_high = 10 / DPI, 6 / DPI, 36 / DPI, 23 / DPI
+    # Whole screen pixels for each picture's pixel, where there is room: sharp, and stored in less.
+    room = min(size, (WIDTH - 2 * edge + gap) / columns - gap)
+    if room * DPI >= width:
+        size = int(room * DPI / width + 1e-6) * width / DPI
     fit = max(8, int(size * 15))  # letters of 8 points in a line of this width
     below = ["\n".join(textwrap.wrap(text, fit)) for text in below]
     lines = max((text.count("\n") + 1 for text in below if text), default=0)
     rows = math.ceil(count / columns)
-    gap, edge, title_high, line_high = 0.06, 0.04, 0.22, 0.145
     tall = size * height / width
     title_rows = (rows if len(above) > columns else 1) if above else 0
-    text_high = lines * line_high + (0.06 if lines else 0)
+    text_high = lines * line_high + (gap if lines else 0)
     wide = columns * (size + gap) - gap + 2 * edge
     high = rows * (tall + text_high + gap) - gap + title_rows * title_high + 2 * edge
     figure = plt.figure(figsize=(wide, high), layout="none")

@@ -311,10 +311,13 @@ def _image(picture: torch.Tensor) -> Image:
 
 
 def _encode(image: Image) -> str:
-    """A data address: PNG, or JPEG where noise makes PNG more than twice as large."""
+    """A data address: PNG, or JPEG where noise makes PNG half as large again.
+
+    The JPEG keeps the full resolution of colours: without it, coloured static turns grey.
+    """
     png, jpeg = io.BytesIO(), io.BytesIO()
     image.save(png, "png", optimize=True)
-    image.save(jpeg, "jpeg", quality=80, subsampling=0)
-    use_jpeg = 2 * len(jpeg.getvalue()) < len(png.getvalue())
+    image.save(jpeg, "jpeg", quality=60, subsampling=0)
+    use_jpeg = 1.5 * len(jpeg.getvalue()) < len(png.getvalue())
     kind, data = ("jpeg", jpeg) if use_jpeg else ("png", png)
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -121,7 +121,10 @@ def test_noise_is_stored_as_jpeg_and_drawings_losslessly():
     address = Page(scrub(frames=noise).html()).all("img")[0]["src"]
     assert address.startswith("data:image/jpeg")
     shown = np.asarray(picture(address)).reshape(64, 4, 64, 3).transpose(1, 3, 0, 2) / 255
-    assert np.abs(shown - noise.numpy()).mean() < 0.05  # still the same noise, in colour
+    # Still the same noise, in colour: with colours at half resolution the second would be 0.33.
+    was = noise.numpy()
+    assert np.corrcoef(shown.mean(1).flat, was.mean(1).flat)[0, 1] > 0.9
+    assert np.corrcoef((shown[:, 0] - shown[:, 2]).flat, (was[:, 0] - was[:, 2]).flat)[0, 1] > 0.9
     flat = Page(scrub(frames=steps(size=64)).html()).all("img")[0]["src"]
     assert flat.startswith("data:image/png")
 
