@@ -93,10 +93,10 @@ def test_every_ode_sampler_ends_in_the_exact_place(name, spacing):
 @pytest.mark.parametrize(
     ("name", "options", "steps"),
     [
-        ("ddpm", {"variance": "fixed_small"}, 1000),
-        ("ddpm", {"variance": "fixed_large"}, 1000),
+        pytest.param("ddpm", {"variance": "fixed_small"}, 1000, marks=pytest.mark.slow),
+        pytest.param("ddpm", {"variance": "fixed_large"}, 1000, marks=pytest.mark.slow),
         ("ddpm", {"variance": "fixed_small"}, 250),
-        ("ddim", {"eta": 1.0}, 1000),
+        pytest.param("ddim", {"eta": 1.0}, 1000, marks=pytest.mark.slow),
         ("ddim", {"eta": 0.5}, 250),
         ("ddim", {}, 250),
         ("euler", {}, 250),
