@@ -381,10 +381,12 @@ def test_half_precision_storage_is_what_is_scored(tmp_path, whole):
 
 
 def test_without_average_the_weights_themselves_are_kept(tmp_path):
-    out = run(replace(LINE, ema=None, score=None, sample=None), tmp_path).out
+    out = run(replace(LINE, ema=None, score=None), tmp_path / "a").out
     assert torch.equal(weights(out)["map.weight"], state(out)["model.map.weight"])
     assert not any(k.startswith("ema.") for k in state(out))
-    assert not (out / "samples").exists()
+    assert state(out)["model.count"] == 30, "samples are drawn in eval mode, steps in train mode"
+    plain = run(replace(LINE, sample=None, steps=1), tmp_path / "b").out
+    assert not (plain / "samples").exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -400,6 +402,21 @@ def test_mixed_precision_trains_and_resumes(tmp_path, whole, precision):
     assert torch.allclose(close, exact, atol=0.1) and not torch.equal(close, exact)
     with pytest.raises(ValueError, match="has precision = '.*', now it is 'fp32'"):
         run(LINE, tmp_path / "a", resume=True)
+
+
+def test_gradients_are_clipped_unscaled(tmp_path, monkeypatch):
+    """Adam does not see a gradient's scale, but the largest norm allowed does."""
+    norms = []
+    clip = nn.utils.clip_grad_norm_
+
+    def watched(parameters, limit):
+        norms.append(clip(parameters, limit))
+        return norms[-1]
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched)
+    for precision in ("fp32", "fp16"):
+        run(replace(LINE, clip=None), tmp_path / precision, precision=precision, steps=1)
+    assert norms[1].item() == pytest.approx(norms[0].item(), rel=0.02)
 
 
 def test_data_with_frozen_networks_is_moved(tmp_path):
