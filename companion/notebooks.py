@@ -52,7 +52,7 @@ PICTURES = ("image/png", "image/jpeg", "image/webp")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 DATA_URI = re.compile(r"data:image/(?:png|jpeg|webp);base64,([A-Za-z0-9+/=]+)")
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,16}\b")
-CAPTION = re.compile(r"\*Figure (\d+)\.(\d+)\. \S.*\*", re.DOTALL)
+CAPTION = re.compile(r"\*Figure (\d+|[A-Z])\.(\d+)\. \S.*\*", re.DOTALL)  # letters: appendices
 
 Notebook = dict  # a notebook as its JSON says it
 
@@ -357,10 +357,10 @@ def figures(notebook: Notebook, path: Path) -> Iterator[str]:
     chapter = re.match(r"(\d\d)-", path.name)
     for position, cell in enumerate(cells):
         if cell["cell_type"] == "markdown":
-            for found in re.finditer(r"(?m)^\*Figure (\d+)\.(\d+)\.", text(cell["source"])):
+            for found in re.finditer(r"(?m)^\*Figure (\d+|[A-Z])\.(\d+)\.", text(cell["source"])):
                 expected += 1
-                here = int(chapter[1]) if chapter else int(found[1])
-                if (int(found[1]), int(found[2])) != (here, expected):
+                here = str(int(chapter[1])) if chapter else found[1]
+                if (found[1], int(found[2])) != (here, expected):
                     yield (
                         f"a caption says Figure {found[1]}.{found[2]} where "
                         f"{here}.{expected} comes next"
