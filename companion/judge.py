@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoints, errors
+from .scores import interval
 from .storybook import (
     COLOURS,
     KINDS,
@@ -321,6 +322,8 @@ def loss(judge: Judge, pictures: Tensor, answers: dict[str, Tensor]) -> tuple[Te
         if name == "scene":
             continue
         asked = shown & (answers[name] >= 0)
+        if not asked.any():  # a mean over nothing is no number
+            continue
         wanted = answers[name].where(asked, torch.full_like(answers[name], -100))
         share = asked.sum().clamp(min=1) / shown.sum().clamp(min=1)
         total = total + share * F.cross_entropy(logits[name], wanted, ignore_index=-100)
@@ -368,14 +371,6 @@ def right_answers(
             count("colour", found is not None and found.colour == thing.colour)
         count("all", seen == scene.facts())
     return {name: (right[name], asked[name]) for name in ASKED if asked[name]}
-
-
-def interval(right: int, asked: int) -> dict[str, float]:
-    """A share with its 95 % interval (Wilson): {"value", "low", "high", "n"}."""
-    from scipy.stats import binomtest
-
-    low, high = binomtest(right, asked).proportion_ci(0.95, "wilson")
-    return {"value": right / asked, "low": low, "high": high, "n": asked}
 
 
 @torch.no_grad()
