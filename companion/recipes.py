@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from companion import data, judge
+from companion.scores import interval
 from companion.storybook import parse, sample
 from companion.train import Recipe, pick
 
@@ -104,15 +105,7 @@ def _digit_loss(
 def _digit_score(model: nn.Module, digits: Labelled) -> dict[str, object]:
     pictures, labels = digits.part(kept=True)
     right = int((model(pictures).argmax(1) == labels).sum())
-    return {"accuracy on digits never trained on": share(right, len(labels))}
-
-
-def share(right: int, n: int) -> dict[str, float]:
-    """A share with its 95 % Wilson score interval (Wilson 1927, eq. 4 of Brown et al. 2001)."""
-    z, p = 1.959964, right / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
-    return {"value": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}
+    return {"accuracy on digits never trained on": interval(right, len(labels))}
 
 
 # --- judge, judge-second: read facts back from pictures -------------------------------------------
