@@ -470,6 +470,21 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path, number):
     assert log(whole) == log(tmp_path), "the log is that of a whole run"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_second_signal_does_not_wait(tmp_path):
+    def loss(model, batch, data):
+        if batch["i"][0] == 8 * 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return LINE.loss(model, batch, data)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(LINE, loss=loss), tmp_path)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert run(LINE, tmp_path, resume=True).resumed_from == 6
+
+
 class Killed(BaseException):
     pass
 
