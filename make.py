@@ -225,8 +225,8 @@ def can_cut() -> bool:
 
 
 def chapters(names: tuple[str, ...]) -> list[Path]:
-    """Notebooks by number (``02``) or file name; all of them when nothing is named."""
-    every = sorted(BOOK.glob("*.ipynb"))
+    """Notebooks by number (``02``) or file name; all, and the template, when nothing is named."""
+    every = sorted(BOOK.glob("*.ipynb")) + sorted(BOOK.glob("templates/*.ipynb"))
     chosen = []
     for name in names:
         number = f"{int(name):02d}" if name.isdigit() else None

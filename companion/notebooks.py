@@ -505,10 +505,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run or check notebooks; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m companion.notebooks", description=__doc__)
     parser.add_argument("action", choices=("run", "check"))
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: every chapter")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all")
     parser.add_argument("--timeout", type=float, default=CELL_TIMEOUT, help="seconds for one cell")
     chosen = parser.parse_args(arguments)
-    paths = chosen.notebooks or sorted(BOOK.glob("*.ipynb"))
+    everything = [*sorted(BOOK.glob("*.ipynb")), *sorted(BOOK.glob("templates/*.ipynb"))]
+    paths = chosen.notebooks or everything
     failed = 0
     for path in paths:
         if chosen.action == "check":
