@@ -62,7 +62,7 @@ def test_every_recipe_is_listed(capsys):
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "which recipe? One of: "),
         (["train", "digit-clasifier"], "Did you mean 'digit-classifier'?"),
-        (["train", "digit"], "Did you mean 'digit-classifier'?"),
+        (["train", "digit"], "Did you mean 'digits'?"),
         (["train", "digit-classifier", "--steps", "many"], "--steps: invalid int value: 'many'"),
         (["train", "digit-classifier", "--steps", "0"], "steps is 0"),
         (["train", "digit-classifier", "--precision", "fp8"], "invalid choice: 'fp8'"),
