@@ -1,4 +1,4 @@
-"""``python -m companion``: train a network of the book, check folders of weights.
+"""``python -m companion``: train a network of the book, measure, check folders of weights.
 
 torch is imported by the commands alone, so that ``--help`` answers at once.
 """
@@ -65,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m companion",
-        description="From Noise to Pictures: train the book's networks, check their weights.",
+        description="From Noise to Pictures: train the book's networks, measure and check them.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -110,6 +110,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
+    measure = commands.add_parser(
+        "measure",
+        help="measure what takes too long for a notebook",
+        description="Run a measurement on one thread and write its results, with seeds, intervals,"
+        " machine and the hashes of the weights used, to book/results/NAME.json.",
+    )
+    measure.set_defaults(run=_measure)
+    measure.add_argument("name", metavar="NAME", nargs="?", help="--list shows all")
+    measure.add_argument("--list", action="store_true", help="list the measurements and stop")
+    measure.add_argument("--out", metavar="FILE", help="write there instead")
+
     check = commands.add_parser(
         "check",
         help="check folders of weights: whole, unaltered, with a true card",
@@ -152,6 +163,19 @@ def _train(chosen: argparse.Namespace) -> int:
     if result.main:
         print(result.message)
     return 0 if result.finished else 1
+
+
+def _measure(chosen: argparse.Namespace) -> int:
+    from companion import errors
+    from companion.measure import MEASUREMENTS, measure
+
+    if chosen.list:
+        for name, entry in MEASUREMENTS.items():
+            print(f"{name:24} {entry.minutes:>6g} min  {entry.about}")
+        return 0
+    errors.expect(chosen.name is not None, "measure what? One of: " + ", ".join(MEASUREMENTS))
+    print(f"Written: {measure(chosen.name, chosen.out)}")
+    return 0
 
 
 def _check(chosen: argparse.Namespace) -> int:
