@@ -430,6 +430,11 @@ def verdicts(tmp_path_factory, number_line) -> dict[str, bool]:
         "number_of_another_name": stored(NUMBER.format(12.5), number_line.replace("hei", "wei")),
         "number_in_another_range": stored(NUMBER.format(12.5), number_line.replace("13", "14")),
         "plain_number_moved": stored("print('x ≈ 1.25')", "x ≈ 1.26\n"),
+        # As large as a filmstrip: a pattern that is quadratic in it would take minutes.
+        "picture": stored(
+            "print('<img src=\"data:image/png;base64,' + 'A' * 400_000 + '\">')",
+            '<img src="data:image/png;base64,' + "B" * 400_000 + '">\n',
+        ),
     }
     for name, notebook in cases.items():
         nbformat.write(notebook, folder / f"{name}.ipynb")
@@ -438,7 +443,7 @@ def verdicts(tmp_path_factory, number_line) -> dict[str, bool]:
     options += ["--nbval-sanitize-with", str(ROOT / "tests/book/sanitize.cfg")]
     subprocess.run(
         [sys.executable, "-m", "pytest", *options, f"--junit-xml={report}", str(folder)],
-        cwd=ROOT, capture_output=True,
+        cwd=ROOT, capture_output=True, timeout=300,
     )  # fmt: skip
     results = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -461,6 +466,7 @@ def verdicts(tmp_path_factory, number_line) -> dict[str, bool]:
         "number_of_another_name": False,
         "number_in_another_range": False,
         "plain_number_moved": False,
+        "picture": True,
     }.items(),
 )
 def test_nbval_with_our_settings(verdicts, name, passes):
