@@ -140,7 +140,7 @@ GROUPS = 4  # as many groups of drawn digits as large as the held-out set, whose
 SAMPLING_STEPS = 20
 # Steps of batches of 64 that take each the same processor seconds on one thread (the results say
 # how many, measured); found by timing a hundred steps of each beside the others.
-STEPS = {"VAE": 1500, "GAN": 1080, "diffusion": 560}
+STEPS = {"VAE": 1600, "GAN": 1080, "diffusion": 720}
 DIGITS_UNET = ADMConfig(
     in_channels=1,
     out_channels=1,
@@ -174,13 +174,19 @@ class Contender:
     seconds: float
 
 
-def contender(name: str, seed: int, effort: float = 1.0) -> Contender:
+def contender(
+    name: str,
+    seed: int,
+    effort: float = 1.0,
+    watch: Callable[[int, nn.Module, Any], object] | None = None,
+) -> Contender:
     """Train one of the three on the digits.
 
     Args:
         name: ``VAE``, ``GAN`` or ``diffusion``.
         seed: Of the first weights, the batches and the noise.
         effort: Share of the steps, above 0; the learning rate still falls to 0 over them.
+        watch: Called as ``watch(step, network, losses)`` after each step, for plots.
 
     Returns:
         The trained network and what it took, in processor seconds.
@@ -193,8 +199,9 @@ def contender(name: str, seed: int, effort: float = 1.0) -> Contender:
     steps = max(1, round(effort * STEPS[name]))
     generator = torch.Generator().manual_seed(seed)
     started = time.process_time()
-    for _ in train(network, digits_split()[0], steps, generator):
-        pass
+    for step, losses in enumerate(train(network, digits_split()[0], steps, generator)):
+        if watch:
+            watch(step, network, losses)
     seconds = time.process_time() - started
     network.eval().requires_grad_(False)
     parameters = sum(p.numel() for p in network.parameters())

@@ -159,7 +159,7 @@ def train_vae(
     for step in range(steps):
         _fall(optimiser, learning_rate, step / steps)
         x = _batch(pictures, batch_size, generator)
-        noise = torch.randn(batch_size, vae.config.latent, generator=generator)
+        noise = torch.randn(batch_size, vae.config.latent, generator=generator).to(x)
         reconstruction, distance = (cost.mean() for cost in vae.bound(x, noise))
         optimiser.zero_grad()
         (reconstruction + distance).backward()
@@ -231,7 +231,8 @@ def train_gan(
         for optimiser in both:
             _fall(optimiser, learning_rate, step / steps)
         x = _batch(pictures, batch_size, generator)
-        fake = gan.draw(torch.randn(batch_size, gan.config.latent, generator=generator))
+        noise = torch.randn(batch_size, gan.config.latent, generator=generator).to(x)
+        fake = gan.draw(noise)
         caught = discriminator_loss(gan.judge(x), gan.judge(fake.detach()))
         both[1].zero_grad()
         caught.backward()
