@@ -50,47 +50,48 @@ def test_the_printed_solution_is_right(name):
 
 # What readers plausibly write instead: (exercise, what is wrong with it, code).
 WRONG = [
-    ("2.1", "nothing yet", "def jump(x0, noise, t, schedule):\n    ..."),
+    ("2.1", "nothing yet", "def undo(x_t, noise, t, schedule):\n    ..."),
     (
         "2.1",
         "no square roots",
-        "def jump(x0, noise, t, schedule):\n"
+        "def undo(x_t, noise, t, schedule):\n"
         "    abar = schedule.alphas_cumprod[t].float().view(-1, 1, 1, 1)\n"
-        "    return abar * x0 + (1 - abar) * noise",
+        "    return (x_t - (1 - abar) * noise) / abar",
     ),
     (
         "2.1",
         "counts from one",
-        "def jump(x0, noise, t, schedule):\n"
+        "def undo(x_t, noise, t, schedule):\n"
         "    abar = schedule.alphas_cumprod[(t - 1).clamp(min=0)].float().view(-1, 1, 1, 1)\n"
-        "    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise",
+        "    return (x_t - (1 - abar).sqrt() * noise) / abar.sqrt()",
     ),
     (
         "2.1",
-        "one beta instead of the product",
-        "def jump(x0, noise, t, schedule):\n"
-        "    beta = schedule.betas[t].float().view(-1, 1, 1, 1)\n"
-        "    return (1 - beta).sqrt() * x0 + beta.sqrt() * noise",
+        "takes out the noise but does not enlarge what is left",
+        "def undo(x_t, noise, t, schedule):\n"
+        "    abar = schedule.alphas_cumprod[t].float().view(-1, 1, 1, 1)\n"
+        "    return x_t - (1 - abar).sqrt() * noise",
     ),
     (
         "2.1",
         "the same step for all",
-        "def jump(x0, noise, t, schedule):\n"
+        "def undo(x_t, noise, t, schedule):\n"
         "    abar = schedule.alphas_cumprod[t[0]].float()\n"
-        "    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise",
+        "    return (x_t - (1 - abar).sqrt() * noise) / abar.sqrt()",
     ),
-    ("2.2", "the middle", "def even_step(schedule):\n    return len(schedule) // 2"),
+    ("2.2", "the middle", "def even_step(schedule, v):\n    return len(schedule) // 2"),
+    (
+        "2.2",
+        "forgets the picture's variance",
+        "def even_step(schedule, v):\n"
+        "    return int((schedule.alphas_cumprod < 0.5).nonzero()[0])",
+    ),
     (
         "2.2",
         "amplitudes instead of variances",
-        "def even_step(schedule):\n"
-        "    return int((schedule.alphas_cumprod.sqrt() < 0.5).nonzero()[0])",
-    ),
-    (
-        "2.2",
-        "the step before",
-        "def even_step(schedule):\n"
-        "    return int((schedule.alphas_cumprod < 0.5).nonzero()[0]) - 1",
+        "def even_step(schedule, v):\n"
+        "    signal = schedule.alphas_cumprod.sqrt()\n"
+        "    return int((v * signal < (1 - signal**2).sqrt()).nonzero()[0])",
     ),
     (
         "2.3",
@@ -109,8 +110,7 @@ WRONG = [
     (
         "2.3",
         "only the picture",
-        "def to_exploding(x_t, t, schedule):\n"
-        "    return x_t / schedule.alphas_cumprod[t].sqrt()",
+        "def to_exploding(x_t, t, schedule):\n    return x_t / schedule.alphas_cumprod[t].sqrt()",
     ),
     (
         "2.4",
@@ -125,6 +125,79 @@ WRONG = [
         "    return schedule.t_of_log_snr(schedule.log_snr(t) - math.log(ratio))",
     ),
     ("2.4", "the same step", "def same_static(t, schedule, ratio):\n    return t"),
+    (
+        "3.1",
+        "the larger variance",
+        "def step_back(x0, x_t, t, schedule):\n"
+        "    abar, before, beta = schedule.alphas_cumprod[t], schedule.alphas_cumprod[t - 1],"
+        " schedule.betas[t]\n"
+        "    mean = before.sqrt() * beta / (1 - abar) * x0"
+        " + (1 - beta).sqrt() * (1 - before) / (1 - abar) * x_t\n"
+        "    return mean, beta",
+    ),
+    (
+        "3.1",
+        "the factors of the two swapped",
+        "def step_back(x0, x_t, t, schedule):\n"
+        "    abar, before, beta = schedule.alphas_cumprod[t], schedule.alphas_cumprod[t - 1],"
+        " schedule.betas[t]\n"
+        "    mean = before.sqrt() * beta / (1 - abar) * x_t"
+        " + (1 - beta).sqrt() * (1 - before) / (1 - abar) * x0\n"
+        "    return mean, (1 - before) / (1 - abar) * beta",
+    ),
+    (
+        "3.1",
+        "the spread for the variance",
+        "def step_back(x0, x_t, t, schedule):\n"
+        "    abar, before, beta = schedule.alphas_cumprod[t], schedule.alphas_cumprod[t - 1],"
+        " schedule.betas[t]\n"
+        "    mean = before.sqrt() * beta / (1 - abar) * x0"
+        " + (1 - beta).sqrt() * (1 - before) / (1 - abar) * x_t\n"
+        "    return mean, ((1 - before) / (1 - abar) * beta).sqrt()",
+    ),
+    (
+        "3.1",
+        "the mean only",
+        "def step_back(x0, x_t, t, schedule):\n    return x0",
+    ),
+    (
+        "3.2",
+        "a minus",
+        "def noise_of(v, x_t, abar):\n    return (1 - abar) ** 0.5 * x_t - abar**0.5 * v",
+    ),
+    (
+        "3.2",
+        "the picture",
+        "def noise_of(v, x_t, abar):\n    return abar**0.5 * x_t - (1 - abar) ** 0.5 * v",
+    ),
+    ("3.2", "no roots", "def noise_of(v, x_t, abar):\n    return (1 - abar) * x_t + abar * v"),
+    (
+        "3.3",
+        "the clean picture is shown",
+        "def loss_simple(net, x0, noise, t, schedule):\n"
+        "    return (net(x0, t) - noise).square().mean()",
+    ),
+    (
+        "3.3",
+        "compared with the picture",
+        "def loss_simple(net, x0, noise, t, schedule):\n"
+        "    return (net(schedule.add_noise(x0, noise, t), t) - x0).square().mean()",
+    ),
+    (
+        "3.3",
+        "a sum",
+        "def loss_simple(net, x0, noise, t, schedule):\n"
+        "    return (net(schedule.add_noise(x0, noise, t), t) - noise).square().sum()",
+    ),
+    (
+        "3.3",
+        "absolute errors",
+        "def loss_simple(net, x0, noise, t, schedule):\n"
+        "    return (net(schedule.add_noise(x0, noise, t), t) - noise).abs().mean()",
+    ),
+    ("3.4", "the mean age", "def half_life(decay):\n    return 1 / (1 - decay)"),
+    ("3.4", "half of the mean age", "def half_life(decay):\n    return 0.5 / (1 - decay)"),
+    ("3.4", "base two by mistake", "def half_life(decay):\n    return -1 / math.log(decay)"),
 ]
 
 
