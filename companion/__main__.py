@@ -121,11 +121,48 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--list", action="store_true", help="list the measurements and stop")
     measure.add_argument("--out", metavar="FILE", help="write there instead")
 
+    draw = commands.add_parser(
+        "draw",
+        help="draw a picture from words",
+        description="Draw from words with a folder in a published layout: Stable Diffusion's, or"
+        " Karlo's (DALL·E 2). The seed is printed, so that a picture can be drawn again.",
+    )
+    draw.set_defaults(run=_draw)
+    draw.add_argument("prompt", metavar="PROMPT", help="what to draw, in quotes")
+    draw.add_argument("--model", metavar="FOLDER", required=True, help="a folder, or a hub id")
+    draw.add_argument("--out", metavar="FILE", default="picture.png", help="a .png (picture.png)")
+    draw.add_argument("--seed", type=int, metavar="N", help="default: a new one each time")
+    draw.add_argument(
+        "--steps", metavar="N", help="50; for DALL·E 2 three numbers such as 25,25,7 (default)"
+    )
+    draw.add_argument("--sampler", metavar="NAME", help="ddim, euler, heun, dpmpp_2m or ddpm")
+    draw.add_argument("--guidance", type=float, metavar="S", help="how literally to take the words")
+    draw.add_argument("--negative", metavar="TEXT", help="what to move away from")
+    draw.add_argument("--height", type=int, metavar="PIXELS", help="default: the model's own")
+    draw.add_argument("--width", type=int, metavar="PIXELS", help="likewise")
+    draw.add_argument(
+        "--count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="a grid of N pictures, with the seeds that follow",
+    )
+    draw.add_argument("--truncate", action="store_true", help="cut a prompt that is too long")
+    draw.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+        help="auto (default) takes a GPU where there is one",
+    )
+    draw.add_argument("--quiet", action="store_true", help="no progress bar")
+
     check = commands.add_parser(
         "check",
         help="check folders of weights: whole, unaltered, with a true card",
         description="Check every model below a folder: weights whole and as their card says, cards"
-        " complete, no pickles. Exit status 1 when something is wrong.",
+        " complete, no pickles. A whole system (a folder with model_index.json) is opened part by"
+        " part instead: files, shapes, configurations, and whether the parts fit each other."
+        " Exit status 1 when something is wrong.",
     )
     check.set_defaults(run=_check)
     check.add_argument(
@@ -178,10 +215,99 @@ def _measure(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _draw(chosen: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+    from tqdm import tqdm
+
+    from companion import errors
+
+    out = Path(chosen.out)
+    errors.expect(out.suffix == ".png", f"--out is {out}; expected a name that ends in .png.")
+    errors.number("--count", chosen.count, low=1, integer=True)
+    seed = torch.Generator().seed() % 2**32 if chosen.seed is None else chosen.seed
+    errors.number("--seed", seed, low=0, high=2**62, integer=True)
+    kind = _system(chosen.model)
+    options = {"negative_prompt": chosen.negative, "sampler": chosen.sampler}
+    options |= {"height": chosen.height, "width": chosen.width, "truncate": chosen.truncate}
+    if chosen.guidance is not None:
+        options["guidance_scale"] = chosen.guidance
+    several = kind.__name__ == "DALLE2"
+    try:
+        steps = [int(n) for n in (chosen.steps or ("25,25,7" if several else "50")).split(",")]
+    except ValueError:
+        raise ValueError(f"--steps is {chosen.steps!r}; expected whole numbers.") from None
+    errors.expect(
+        len(steps) == (3 if several else 1),
+        f"--steps has {len(steps)} numbers; {kind.__name__} takes {3 if several else 1}.",
+    )
+    pipe = kind.from_pretrained(chosen.model).to(_device(chosen.device))
+    with tqdm(total=sum(steps), disable=chosen.quiet, desc="draw", unit="step") as bar:
+        pictures = pipe(
+            chosen.prompt,
+            steps=steps if several else steps[0],
+            num_images_per_prompt=chosen.count,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(chosen.count)],
+            callback=lambda *_: bar.update(),
+            **options,
+        )
+    _write_png(out, pictures.cpu())
+    upto = f" to {seed + chosen.count - 1}" if chosen.count > 1 else ""
+    print(f"{out}: {chosen.prompt!r}, seed {seed}{upto}")
+    return 0
+
+
+def _write_png(path, pictures) -> None:
+    """Pictures (B, 3, H, W) in [0, 1] as one file, in about as many rows as columns."""
+    import math
+
+    import torch
+    from PIL import Image
+
+    from companion.checkpoints import atomic_write
+
+    columns = math.ceil(len(pictures) ** 0.5)
+    rows = math.ceil(len(pictures) / columns)
+    blank = torch.ones(rows * columns - len(pictures), *pictures.shape[1:])
+    tiles = torch.cat([pictures.float(), blank]).unflatten(0, (rows, columns))
+    whole = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows*H, columns*W, 3)
+    with atomic_write(path) as part:
+        Image.fromarray((whole * 255).round().byte().numpy()).save(part, format="PNG")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+
+
+def _system(folder: str) -> type:
+    """The class that opens a folder, by its model_index.json."""
+    from companion import DALLE2, StableDiffusion
+    from companion.checkpoints import CheckpointError, read_json
+    from companion.pretrained import locate
+
+    path = locate(folder) / "model_index.json"
+    name = read_json(path).get("_class_name")
+    for kind in (StableDiffusion, DALLE2):
+        if name in kind.opens:
+            return kind
+    known = ", ".join((*StableDiffusion.opens, *DALLE2.opens))
+    raise CheckpointError(f"{path}: _class_name is {name!r}; expected one of {known}.")
+
+
 def _check(chosen: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from companion.checkpoints import WEIGHTS, check
 
-    findings = check(chosen.folder)
+    if chosen.folder and (Path(chosen.folder) / "model_index.json").exists():
+        findings = _system(chosen.folder).check(chosen.folder)
+    else:
+        findings = check(chosen.folder)
     for finding in findings:
         print(finding)
     where = chosen.folder or WEIGHTS
