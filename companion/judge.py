@@ -121,7 +121,7 @@ class Judge(nn.Module):
 
     Config = JudgeConfig
 
-    def __init__(self, config: JudgeConfig = JudgeConfig()):  # noqa: B008 - frozen
+    def __init__(self, config: JudgeConfig = JudgeConfig()):
         super().__init__()
         self.config = config
         backbones = {"convolution": _Convolution, "attention": _Attention}

@@ -125,7 +125,7 @@ class Canvas:
 
 
 class Chance:
-    """Numbers from 0 to 1 that depend on the scene's seed and on what they are for, nothing else."""
+    """Numbers from 0 to 1 that depend on the scene's seed and on their purpose, nothing else."""
 
     def __init__(self, seeds: Sequence[int]):
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64)

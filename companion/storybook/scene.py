@@ -1,4 +1,4 @@
-"""What a Storybook picture is made of: scenes, the facts they hold, and how scenes are drawn by lot.
+"""What a Storybook picture is made of: scenes, the facts they hold, and scenes drawn by lot.
 
 A :class:`Scene` is data. It fixes a picture completely: the same scene gives the same picture at
 every resolution and on every machine. What a caption may mention are its :class:`Facts`; all else

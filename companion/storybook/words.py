@@ -108,7 +108,7 @@ def _things(things: tuple[ThingFacts, ...], generator: torch.Generator | None) -
 
 
 def write(facts: Facts, generator: torch.Generator | None = None) -> str:
-    """Say exactly these facts in English; "" for none. Without a generator: the plainest wording."""
+    """Say exactly these facts in English; "" for none. Without a generator: the plainest words."""
     place = facts.place
     sky = _pick(SKY_PHRASES[facts.sky], generator) if facts.sky else ""
     where = _pick(PLACE_PHRASES[place], generator) if place else ""
