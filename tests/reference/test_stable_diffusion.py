@@ -521,7 +521,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(s, folders, ours):
         ({"image": picture(1), "mask": mask_of()[:, :, :16]}, "mask has shape"),
         ({"paste": True}, "puts back what mask= keeps"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else ", ".join(x),  # the same in every process
 )
 def test_bad_requests_are_refused_before_any_work(ours, monkeypatch, how, said):
     def no_work(*_args, **_options):
