@@ -204,13 +204,13 @@ def _train(chosen: argparse.Namespace) -> int:
 
 def _measure(chosen: argparse.Namespace) -> int:
     from companion import errors
-    from companion.measure import MEASUREMENTS, measure
+    from companion.measure import measure, measurements
 
     if chosen.list:
-        for name, entry in MEASUREMENTS.items():
+        for name, entry in measurements().items():
             print(f"{name:24} {entry.minutes:>6g} min  {entry.about}")
         return 0
-    errors.expect(chosen.name is not None, "measure what? One of: " + ", ".join(MEASUREMENTS))
+    errors.expect(chosen.name is not None, "measure what? One of: " + ", ".join(measurements()))
     print(f"Written: {measure(chosen.name, chosen.out)}")
     return 0
 

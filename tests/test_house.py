@@ -23,7 +23,7 @@ FLOORS = {
     "processes": {"diffusion", "guidance", "samplers"},
     "systems": {"pipeline", "dalle2", "imagen", "stable_diffusion"},
     "side doors": {
-        "__main__", "bench", "exercises", "judge", "measure", "notebooks", "recipes", "scores",
+        "__main__", "bench", "contest", "exercises", "judge", "measure", "notebooks", "recipes", "scores",
         "show", "train", "widgets",
     },
 }  # fmt: skip

@@ -279,34 +279,35 @@ def test_the_learning_rate_falls_to_zero():
 
 
 @pytest.mark.parametrize("saturating", [False, True])
-def test_one_round_of_the_game_by_hand(saturating):
+def test_two_rounds_of_the_game_by_hand(saturating):
     """The discriminator first, on fakes that the generator does not feel; then the generator."""
     gan, rate, pictures = fresh(p.GAN).double(), 1e-3, PICTURES.double()
     ours = copy.deepcopy(gan)
     both = {"batch_size": 8, "learning_rate": rate, "saturating": saturating}
-    list(p.train_gan(ours, pictures, 1, g(4), **both))
+    list(p.train_gan(ours, pictures, 2, g(4), **both))
 
     draws = g(4)
-    x = pictures[torch.randint(40, (8,), generator=draws)]
-    fake = gan.generator(torch.randn(8, 2, generator=draws).double())
+    players = {
+        net: torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.9))
+        for net in (gan.discriminator, gan.generator)
+    }
 
-    def move(net, loss):  # Adam's first step is the sign of the slope
+    def move(net, loss, rate):
+        players[net].param_groups[0]["lr"] = rate
         weights = list(net.parameters())
-        slopes = torch.autograd.grad(loss, weights, retain_graph=True)
-        pairs = zip(weights, slopes, strict=True)
-        return [w.detach() - rate * s / (s.abs() + 1e-8) for w, s in pairs]
+        for w, slope in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            w.grad = slope
+        players[net].step()
 
-    d_real, d_fake = (gan.discriminator(pictures).sigmoid() for pictures in (x, fake.detach()))
-    d_moved = move(gan.discriminator, -(d_real.log().mean() + (1 - d_fake).log().mean()))
-    for weight, moved in zip(gan.discriminator.parameters(), d_moved, strict=True):
-        weight.data = moved
-    d_fake = gan.discriminator(fake).sigmoid()
-    loss = (1 - d_fake).log().mean() if saturating else -d_fake.log().mean()
-    g_moved = move(gan.generator, loss)
-    for got, wanted in zip(ours.discriminator.parameters(), d_moved, strict=True):
-        torch.testing.assert_close(got.detach(), wanted, rtol=0, atol=1e-9)
-    for got, wanted in zip(ours.generator.parameters(), g_moved, strict=True):
-        torch.testing.assert_close(got.detach(), wanted, rtol=0, atol=1e-9)
+    for left in (rate, rate / 2):
+        x = pictures[torch.randint(40, (8,), generator=draws)]
+        z = torch.randn(8, 2, generator=draws).double()
+        real, fake = (gan.discriminator(y).sigmoid() for y in (x, gan.generator(z).detach()))
+        move(gan.discriminator, -(real.log().mean() + (1 - fake).log().mean()), left)
+        fake = gan.discriminator(gan.generator(z)).sigmoid()
+        move(gan.generator, (1 - fake).log().mean() if saturating else -fake.log().mean(), left)
+    for got, wanted in zip(ours.parameters(), gan.parameters(), strict=True):
+        torch.testing.assert_close(got.detach(), wanted.detach(), rtol=0, atol=1e-9)
 
 
 def test_what_does_not_fit_is_refused_in_words():
