@@ -202,7 +202,8 @@ def _loss_simple(answer: object) -> None:
         got = loss_simple(net, x0, noise, t, schedule)
         if not asked:
             raise NotYet("The network was never asked.")
-        same_tensor("What the network is shown", asked[0][0], schedule.add_noise(x0, noise, t), 1e-6)
+        shown = schedule.add_noise(x0, noise, t)
+        same_tensor("What the network is shown", asked[0][0], shown, 1e-6)
         wanted = (net(*asked[0]) - noise).square().mean().item()
         same_number("The loss", got, wanted, 1e-6)
 
