@@ -305,8 +305,8 @@ def _table(rows: Mapping[str, list[dict[str, float]]]) -> dict[str, dict[str, An
 
 @measurement(
     "before-diffusion-trials",
-    "The settings tried for each of the three before the contest: four each, at half the steps, with"
-    " a seed of their own",
+    "The settings tried for each of the three before the contest: four each, at half the steps,"
+    " with a seed of their own",
     minutes=3,
     needs=("digit-classifier",),
 )
