@@ -1,4 +1,4 @@
-"""The recipes' own parts: what a step of the digits' training compares, what the result draws."""
+"""The recipes' own parts: what a step of training compares, and what the results draw and read."""
 
 import pytest
 import torch
