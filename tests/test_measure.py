@@ -29,8 +29,9 @@ def test_shipped_results_are_of_the_shipped_weights(path):
     assert all(found[key] for key in ("about", "hardware", "torch", "minutes", "seeds"))
 
 
-def test_every_measurement_has_its_results():
-    assert {path.stem for path in RESULTS} == set(MEASUREMENTS)
+def test_every_stored_result_has_its_measurement():
+    """The reverse comes with the chapter: results are stored when a page shows them."""
+    assert {path.stem for path in RESULTS} <= set(MEASUREMENTS)
 
 
 def _leaves(value):
