@@ -78,6 +78,9 @@ def test_precision_and_recall_of_missing_and_of_wrong_modes():
 def test_points_that_coincide():
     x = torch.full((10, 4), 0.1)
     assert scores.precision_recall(x, x) == (1.0, 1.0)
+    far = (1000 + rand(40, 8)).repeat(5, 1)  # each point five times, far from 0: every radius is 0
+    assert scores.precision_recall(far, far.flip(0)) == (1.0, 1.0)
+    assert scores.precision_recall(far, far + 1e-6) == (0.0, 0.0)
     assert scores.precision_recall(x, x + 1e-3) == (0.0, 0.0)
 
 
@@ -93,7 +96,7 @@ def test_interval_solves_wilsons_equation(right, n):
 
 
 def test_one_interval_serves_all():
-    assert judge.interval is scores.interval and recipes.interval is scores.interval
+    assert judge.interval is scores.interval and recipes.digits.interval is scores.interval
 
 
 @pytest.mark.parametrize(
