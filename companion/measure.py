@@ -7,6 +7,7 @@ the seeds, the machine and the hashes of the shipped weights that it used. A not
 of it again.
 """
 
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from companion.train import hardware
 ROOMS = ("contest",)  # the other modules that hold measurements
 SEEDS = (0, 1, 2)  # of what is measured three times
 RESULTS = Path(__file__).resolve().parents[1] / "book" / "results"
+INSTALLED = Path(sysconfig.get_path("data")) / "share" / "noise-to-pictures" / "results"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ def load(name: str, path: str | Path | None = None) -> dict[str, Any]:
         ValueError: The weights have changed since; says how to measure again.
     """
     errors.one_of("the measurement", name, measurements())
-    path = Path(path) if path else RESULTS / f"{name}.json"
+    if path is None:  # the checkout's, or on Colab and the like what was installed with the library
+        path = (RESULTS if RESULTS.is_dir() else INSTALLED) / f"{name}.json"
+    path = Path(path)
     again = f"python -m companion measure {name}"
     if not path.is_file():
         raise FileNotFoundError(

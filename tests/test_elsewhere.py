@@ -13,6 +13,7 @@ import pytest
 from companion.notebooks import FIRST_CELL, REPOSITORY
 
 ROOT = Path(__file__).resolve().parents[1]
+SAID = ("companion", "torch", "results")
 REACH = """
 import socket
 with socket.create_server(("127.0.0.1", 0)) as server:
@@ -68,6 +69,9 @@ def test_the_first_cell_adds_the_companion_and_leaves_torch(tmp_path):
     missing = subprocess.run([python, "-c", "import companion"], cwd=tmp_path, env=env)
     assert missing.returncode == 1
     said = "import torch; print('companion', companion.__file__); print('torch', torch.__file__)\n"
+    said += "from companion import measure\n"
+    said += "for name in measure.measurements(): measure.load(name)\n"
+    said += "print('results', measure.INSTALLED)\n"
     cell = FIRST_CELL.replace(REPOSITORY, ROOT.as_uri())
     assert cell != FIRST_CELL
     (tmp_path / "cell.ipy").write_text(f"{cell}\n{said}", encoding="utf-8")
@@ -79,7 +83,7 @@ def test_the_first_cell_adds_the_companion_and_leaves_torch(tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
-        return {line[0]: Path(line[1]) for line in lines if line[0] in ("companion", "torch")}
+        return {line[0]: Path(line[1]) for line in lines if line[0] in SAID}
 
     import torch
 
@@ -87,4 +91,5 @@ def test_the_first_cell_adds_the_companion_and_leaves_torch(tmp_path):
         found = run()
         assert found["companion"].is_relative_to(tmp_path / "env")
         assert found["torch"] == Path(torch.__file__)
+        assert found["results"].is_relative_to(tmp_path / "env")
     assert any(found["companion"].parent.glob("fonts/*.ttf"))  # data travels with the package
