@@ -23,8 +23,8 @@ FLOORS = {
     "processes": {"diffusion", "guidance", "samplers"},
     "systems": {"pipeline", "dalle2", "imagen", "stable_diffusion"},
     "side doors": {
-        "__main__", "bench", "contest", "exercises", "judge", "measure", "notebooks", "recipes",
-        "scores", "show", "train", "widgets",
+        "__main__", "bench", "contest", "exercises", "judge", "measure", "notebooks", "prompts",
+        "recipes", "scores", "show", "train", "widgets",
     },
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS.values()) for room in rooms}
