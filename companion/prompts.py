@@ -153,12 +153,10 @@ def marks(asked: Sequence[Prompt], read: Sequence[Facts | None]) -> dict[str, di
 def _things(said: Facts, seen: Facts | None) -> list[tuple[str, bool]]:
     """(what, right) of every kind, colour and position said, in the order that serves best."""
     best: list[tuple[str, bool]] = []
-    shown = () if seen is None else seen.things
-    orders = [shown, shown[::-1]] if len(said.things) == 2 or len(shown) == 2 else [shown]
-    for order in orders:
+    shown = [*(() if seen is None else seen.things), None, None][:2]
+    for order in (shown, shown[::-1]):
         found = []
-        for i, thing in enumerate(said.things):
-            other = order[i] if i < len(order) else None
+        for thing, other in zip(said.things, order, strict=False):
             for what in ("kind", "colour", "position"):
                 wanted = getattr(thing, what)
                 if wanted is not None:

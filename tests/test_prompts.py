@@ -75,7 +75,8 @@ def test_swapped_means_each_others_colours():
 
 
 def test_marks_by_hand():
-    scene = Scene("night", "sea", False, (Thing("house", "red", 0.26), Thing("tree", "green", 0.74)))
+    things = (Thing("house", "red", 0.26), Thing("tree", "green", 0.74))
+    scene = Scene("night", "sea", False, things)
     asked = Prompt("a red house to the left of a green tree by the sea at night", scene)
     seen = Facts("night", "snow", False, two("green house", "red tree").things)
     found = {k: v["value"] for k, v in marks([asked], [seen]).items()}
