@@ -19,7 +19,7 @@ FLOORS = {
     "ground": {
         "storybook", "data", "tokenizer", "schedule", "embeddings", "attention", "resnet",
     },
-    "models": {"clip", "unet", "adm", "autoencoder", "prior", "predecessors"},
+    "models": {"clip", "unet", "adm", "autoencoder", "prior", "prior_ar", "predecessors"},
     "processes": {"diffusion", "guidance", "samplers"},
     "systems": {"pipeline", "dalle2", "imagen", "stable_diffusion"},
     "side doors": {
