@@ -293,9 +293,19 @@ class CLIP(TransformersModel):
         return self.logit_scale.exp() * pictures @ words.T  # (B_pictures, B_texts); CLIP, figure 3
 
 
-def contrastive_loss(logits: Tensor) -> Tensor:
-    """Picture i belongs to text i and to no other of the batch, both ways (CLIP, figure 3)."""
+def contrastive_loss(logits: Tensor, also_true: Tensor | None = None) -> Tensor:
+    """Picture i belongs to text i and to no other of the batch, both ways (CLIP, figure 3).
+
+    Args:
+        logits: How well each picture (row) fits each text (column), (B, B).
+        also_true: Bool (B, B): pairs that fit although chance did not draw them together, such as
+            one caption that came twice. They are no wrong answers, so they are left out of the
+            choice. CLIP's authors let them stand.
+    """
     here = torch.arange(len(logits), device=logits.device)
+    if also_true is not None:
+        own = here[:, None] == here
+        logits = logits.masked_fill(also_true & ~own, float("-inf"))
     return (F.cross_entropy(logits, here) + F.cross_entropy(logits.T, here)) / 2
 
 

@@ -45,7 +45,7 @@ from companion.checkpoints import CheckpointError
 from companion.data import ImageFolder
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-DECAYS = ("constant", "cosine", "linear")
+DECAYS = ("constant", "cosine", "linear", "late")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -75,7 +75,8 @@ class Recipe:
         learning_rate: Of AdamW, after ``warmup`` steps.
         minutes: How long it takes on two CPU cores.
         warmup: Steps over which the learning rate rises from 0, linearly.
-        decay: How it falls afterwards, to 0 at the end: "constant", "cosine" or "linear".
+        decay: How it falls afterwards, to 0 at the end: "constant" (not at all), "cosine",
+            "linear", or "late" (linearly, over the last fifth of all steps only).
         betas: AdamW's.
         weight_decay: AdamW's; applied to matrices and kernels, not to biases, gains and scales.
         clip: Largest norm of the gradient, or None.
@@ -170,6 +171,9 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return recipe.learning_rate * (step + 1) / recipe.warmup
     if recipe.decay == "constant":
         return recipe.learning_rate
+    if recipe.decay == "late":
+        left = (recipe.steps - step) / (recipe.steps / 5)
+        return recipe.learning_rate * min(1.0, left)
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
     left = 1 - done if recipe.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
     return recipe.learning_rate * left
@@ -624,13 +628,19 @@ class _Run:
         self.step, self.seconds = run["step"], run["seconds"]
         for key, now in self._plan().items():
             then = run["plan"].get(key)
-            longer = key == "steps" and self.recipe.decay == "constant" and now >= self.step
-            if now != then and not longer:
+            if now != then and not (key == "steps" and self._so_far_the_same(then)):
                 raise ValueError(
                     f"the run in {self.out} has {key} = {then!r}, now it is {now!r}: resumed so, it"
                     " would be neither. Give the same settings again, or start anew with --out."
                 )
         return run["threads"] if threads is None else threads
+
+    def _so_far_the_same(self, steps: int) -> bool:
+        """Whether a run of so many steps had the same learning rates up to where we are."""
+        then = dataclasses.replace(self.recipe, steps=steps)
+        done = range(self.step)
+        same = all(learning_rate(then, k) == learning_rate(self.recipe, k) for k in done)
+        return same and self.recipe.steps >= self.step
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"model.{k}": x for k, x in self.model.state_dict().items()}

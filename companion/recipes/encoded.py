@@ -1,0 +1,193 @@
+"""What the recipes of DALL·E 2 train on: pictures and captions as a frozen CLIP reads them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from companion import checkpoints, data
+from companion.clip import CLIP
+from companion.preparation import Preparation
+from companion.recipes.clip import spoken
+from companion.storybook import Scene, render, sample
+from companion.tokenizer import Tokenizer
+from companion.train import generator, pick
+from companion.unclip import Words
+
+SIZE, SMALL = 64, 16  # pixels that CLIP sees, and that the decoder draws
+SCENES = 40_000
+GROUP = 64  # pictures that are drawn and read at once
+MEASURED = 4096  # pictures from which means, spreads and axes are taken
+
+
+class FrozenCLIP:
+    """A trained CLIP with its tokenizer, which nothing here changes.
+
+    Args:
+        clip: Both towers.
+        tokenizer: The text tower's.
+        preparation: How pictures are prepared for the other one.
+    """
+
+    def __init__(self, clip: CLIP, tokenizer: Tokenizer, preparation: Preparation) -> None:
+        self.clip = clip.eval().requires_grad_(False)
+        self.tokenizer, self.preparation = tokenizer, preparation
+
+    @classmethod
+    def open(cls, folder: Path | None = None) -> Self:
+        """A folder that the recipe ``clip`` wrote; by default the shipped one."""
+        where = checkpoints.WEIGHTS / "clip" if folder is None else folder
+        parts = (CLIP, Tokenizer, Preparation)
+        return cls(*(part.from_pretrained(where) for part in parts))
+
+    @property
+    def width(self) -> int:
+        """D, the width of the common space and of the text's states."""
+        return self.clip.config.projection_dim
+
+    @torch.no_grad()
+    def see(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, H) in [0, 1] to places (B, D), projected, not normalised."""
+        size = self.clip.config.vision_config.image_size
+        parts = pictures.split(GROUP)
+        return torch.cat([self.clip.encode_image(self.preparation(x, size)) for x in parts])
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str]) -> Words:
+        """Captions to embeddings (B, D), states (B, N, D) and masks (B, N); long ones are cut."""
+        tokens = self.tokenizer(texts, truncate=True)
+        towers = [self.clip.text_model(ids) for ids in tokens.ids.split(GROUP)]
+        pooled = torch.cat([x.pooled for x in towers])
+        states = torch.cat([x.states for x in towers])
+        return Words(self.clip.text_projection(pooled), states, tokens.mask)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some pictures: what can be said of them, where CLIP puts them, and how they look small."""
+
+    about: list[Scene] | list[str]
+    embedding: Tensor  # (G, D)
+    small: Tensor  # (G, 3, 16, 16) uint8
+
+
+class Encoded:
+    """Pictures by number, each drawn and read by the frozen CLIP once, when first asked for.
+
+    Without a folder: Storybook scenes, none with a held-out combination; what their captions say
+    and leave out is drawn anew each time. With one: its pictures and their captions, of which every
+    tenth is kept for the score.
+
+    Args:
+        folder: The reader's ``imagefolder``.
+        scenes: How many Storybook scenes there are.
+    """
+
+    def __init__(self, folder: Path | None = None, scenes: int = SCENES) -> None:
+        self.clip = FrozenCLIP.open()
+        self.rows = None if folder is None else data.ImageFolder(folder, SIZE)
+        n = scenes if self.rows is None else len(self.rows)
+        apart = self.rows is not None and n >= 20
+        self.used = [i for i in range(n) if not (apart and i % 10 == 9)]
+        self.kept = [i for i in range(n) if apart and i % 10 == 9]
+        self._groups: dict[int, Group] = {}
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def group(self, number: int) -> Group:
+        """Pictures to train on, from ``number * 64`` on. Which they are decides the result to the
+        last bit, so that a resumed run sees the same ones."""
+        if number not in self._groups:
+            first = number * GROUP
+            places = self.used[first : first + GROUP]
+            if self.rows is None:
+                g = generator(0, "scenes of DALL-E 2", number)
+                about = sample(len(places), g)
+                pictures = render(about, SIZE)
+            else:
+                about, pictures = self._read(places)
+            self._groups[number] = Group(about, self.clip.see(pictures), to_bytes(pictures))
+        return self._groups[number]
+
+    def batch(
+        self, indices: Tensor, generator: torch.Generator, dropped: float
+    ) -> dict[str, Tensor]:
+        """What CLIP makes of pictures and of their captions.
+
+        Args:
+            indices: Numbers of the samples, (B,): first all pictures in their order, then shuffled.
+            generator: Source of chance.
+            dropped: Share of the captions that are replaced by the empty one.
+
+        Returns:
+            ``embedding`` (B, D) of the picture; ``small`` (B, 3, 16, 16) in [-1, 1]; ``text``
+            (B, D), ``states`` (B, N, D) and ``mask`` (B, N) of the caption.
+        """
+        n = len(self)
+        later = pick(indices, n).tolist()
+        places = [i if i < n else later[k] for k, i in enumerate(indices.tolist())]
+        found = [(self.group(i // GROUP), i % GROUP) for i in places]
+        texts = [self.say(group.about[k], generator) for group, k in found]
+        kept = (torch.rand(len(texts), generator=generator) >= dropped).tolist()
+        words = self.clip.read([text if k else "" for text, k in zip(texts, kept, strict=True)])
+        return {
+            "embedding": torch.stack([group.embedding[k] for group, k in found]),
+            "small": from_bytes(torch.stack([group.small[k] for group, k in found])),
+            "text": words.embedding,
+            "states": words.states,
+            "mask": words.mask,
+        }
+
+    @staticmethod
+    def say(about: Scene | str, generator: torch.Generator) -> str:
+        """A caption: as CLIP was taught, half of them complete; or the reader's own."""
+        return about if isinstance(about, str) else spoken(about, generator)[1]
+
+    def measured(self) -> tuple[Tensor, Tensor]:
+        """Places of the first 4096 pictures and of a caption of each, (n, D) twice."""
+        g = torch.Generator().manual_seed(0)
+        groups = [self.group(k) for k in range(-(-min(MEASURED, len(self)) // GROUP))]
+        texts = [self.say(one, g) for group in groups for one in group.about]
+        return torch.cat([group.embedding for group in groups]), self.clip.read(texts).embedding
+
+    def apart(self, n: int) -> tuple[Tensor, list[str]]:
+        """At most ``n`` of a folder's pictures that are not trained on, and their captions."""
+        about, pictures = self._read((self.kept or self.used)[:n])
+        return pictures, about
+
+    def _read(self, places: list[int]) -> tuple[list[str], Tensor]:
+        rows = [self.rows[i] for i in places]
+        return [row["text"] for row in rows], torch.stack([row["picture"] for row in rows])
+
+
+def to_bytes(pictures: Tensor) -> Tensor:
+    """Pictures of 64 pixels in [0, 1] to small ones of 16, rounded to 256 levels, uint8."""
+    return (255 * F.avg_pool2d(pictures, SIZE // SMALL)).round().to(torch.uint8)
+
+
+def from_bytes(small: Tensor) -> Tensor:
+    """Back, to [-1, 1]."""
+    return data.to_signed(small.float() / 255)
+
+
+def again(scene: Scene, generator: torch.Generator) -> Scene:
+    """Another scene of which the same can be said: everything else is drawn anew."""
+    u = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+    spots = {"left": 0.25, "middle": 0.5, "right": 0.75}
+    if len(scene.things) == 2:
+        spots = {"left": 0.26, "right": 0.74}
+    low = 0.44 if len(scene.things) == 1 else 0.40
+    things = tuple(
+        replace(
+            thing,
+            x=round(spots[thing.position] + 0.08 * (u[1 + 2 * i] - 0.5), 4),
+            size=round(low + 0.08 * u[2 + 2 * i], 4),
+        )
+        for i, thing in enumerate(scene.things)
+    )
+    return replace(scene, things=things, seed=int(u[0] * 2**31))
