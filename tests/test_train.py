@@ -120,11 +120,13 @@ def whole(tmp_path_factory) -> Path:
 def test_learning_rate_is_the_closed_form():
     recipe = replace(LINE, steps=110, warmup=10, learning_rate=2.0)
     rates = {d: [train.learning_rate(replace(recipe, decay=d), k) for k in range(110)] for d in
-             ("constant", "cosine", "linear")}  # fmt: skip
+             ("constant", "cosine", "linear", "late")}  # fmt: skip
     for decay, rate in rates.items():
         assert rate[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)])
         assert rate[10] == 2.0, decay
     assert rates["constant"][10:] == [2.0] * 100
+    assert rates["late"][10:89] == [2.0] * 79  # the last fifth is 22 steps
+    assert rates["late"][88:] == pytest.approx([2.0 * k / 22 for k in range(22, 0, -1)])
     assert rates["linear"][10:] == pytest.approx([2 * (1 - k / 100) for k in range(100)])
     wanted = [2 * math.cos(math.pi * k / 200) ** 2 for k in range(100)]  # half-angle form
     assert rates["cosine"][10:] == pytest.approx(wanted)
@@ -532,6 +534,31 @@ def test_a_constant_rate_may_go_on_for_longer(tmp_path):
     assert checkpoints.read_card(tmp_path / "a" / "final")["steps"] == 30
     with pytest.raises(ValueError, match="has steps = 30, now it is 12"):
         run(steady, tmp_path / "a", steps=12, resume=True)
+
+
+def test_a_rate_that_falls_late_leaves_the_length_open_until_it_falls(tmp_path):
+    late = replace(LINE, decay="late")
+    stop_at(replace(late, steps=40), tmp_path / "a", 20)
+    with pytest.raises(ValueError, match="has steps = 40, now it is 22"):
+        run(late, tmp_path / "a", steps=22, resume=True)  # its rate would have fallen by now
+    run(late, tmp_path / "a", steps=30, resume=True)
+    run(late, tmp_path / "b", steps=30)
+    assert_same(state(tmp_path / "a"), state(tmp_path / "b"))
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+
+
+def test_what_a_recipe_measures_at_the_end_goes_into_the_config_of_what_is_stored(tmp_path):
+    def finish(model, data):
+        stored = [x.to(torch.float16).float() for x in model.parameters()]
+        assert all(torch.equal(x, y) for x, y in zip(model.parameters(), stored, strict=True))
+        model.config = {"size": model.map.weight.norm().item()}
+
+    recipe = replace(LINE, dtype="float16", finish=finish)
+    run(recipe, tmp_path, steps=3)
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    norm = weights(tmp_path)["map.weight"].float().norm().item()
+    assert config["size"] == pytest.approx(norm, rel=1e-6)
+    assert checkpoints.read_card(tmp_path / "final")["score"]["norm"] == config["size"]
 
 
 def test_a_resumed_run_has_the_threads_that_it_had(tmp_path):
