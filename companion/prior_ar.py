@@ -80,18 +80,17 @@ class ARPrior(Pretrained):
 
     @torch.no_grad()
     def measure(self, embedding: Tensor, text_embedding: Tensor) -> None:
-        """Set axes and ranges from pictures (n, D) and their captions (n, D), n at least ``dots``.
+        """Set axes and ranges from pictures (n, D) and their captions (n, D), n at least 2.
 
         The axes are the pictures' principal components, the one of the greatest variance first; the
         range of each is what was seen and a tenth more on either side; dot products are cut so that
-        each bucket holds equally many.
+        each bucket holds equally many, as near as n allows.
         """
         c = self.config
         errors.tensor("embedding", embedding, f"n {c.embedding_dim}", "float")
         errors.tensor("text_embedding", text_embedding, f"{len(embedding)} {c.embedding_dim}")
         errors.expect(
-            len(embedding) >= max(2, c.dots),
-            f"there are {len(embedding)} pictures; expected at least {max(2, c.dots)}.",
+            len(embedding) > 1, f"there are {len(embedding)} pictures; expected at least 2."
         )
         _, vectors = spectrum(embedding)
         self.mean.copy_(embedding.double().mean(0))
