@@ -124,16 +124,24 @@ def _parser() -> argparse.ArgumentParser:
     draw = commands.add_parser(
         "draw",
         help="draw a picture from words",
-        description="Draw from words with a folder in a published layout: Stable Diffusion's, or"
-        " Karlo's (DALL·E 2). The seed is printed, so that a picture can be drawn again.",
+        description="Draw from words: with the book's own systems, or with a folder in a published"
+        " layout, Stable Diffusion's or Karlo's (DALL·E 2). The seed is printed, so that a picture"
+        " can be drawn again.",
     )
     draw.set_defaults(run=_draw)
     draw.add_argument("prompt", metavar="PROMPT", help="what to draw, in quotes")
-    draw.add_argument("--model", metavar="FOLDER", required=True, help="a folder, or a hub id")
+    draw.add_argument(
+        "--model",
+        metavar="MODEL",
+        required=True,
+        help="stable-diffusion or dalle2, the book's own; or a folder; or a hub id",
+    )
     draw.add_argument("--out", metavar="FILE", default="picture.png", help="a .png (picture.png)")
     draw.add_argument("--seed", type=int, metavar="N", help="default: a new one each time")
     draw.add_argument(
-        "--steps", metavar="N", help="50; for DALL·E 2 three numbers such as 25,25,7 (default)"
+        "--steps",
+        metavar="N",
+        help="50; for DALL·E 2 a number each for prior, decoder and upsampler: 25,25,7",
     )
     draw.add_argument("--sampler", metavar="NAME", help="ddim, euler, heun, dpmpp_2m or ddpm")
     draw.add_argument("--guidance", type=float, metavar="S", help="how literally to take the words")
@@ -174,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(chosen: argparse.Namespace) -> int:
     from companion import errors
     from companion.recipes import RECIPES
-    from companion.train import train
+    from companion.train import keep_memory, train
 
     if chosen.list:
         for recipe in RECIPES.values():
@@ -182,6 +190,7 @@ def _train(chosen: argparse.Namespace) -> int:
         return 0
     errors.expect(chosen.recipe is not None, "which recipe? One of: " + ", ".join(RECIPES))
     errors.one_of("the recipe", chosen.recipe, RECIPES)
+    keep_memory()
     result = train(
         RECIPES[chosen.recipe],
         chosen.out,
@@ -205,12 +214,14 @@ def _train(chosen: argparse.Namespace) -> int:
 def _measure(chosen: argparse.Namespace) -> int:
     from companion import errors
     from companion.measure import measure, measurements
+    from companion.train import keep_memory
 
     if chosen.list:
         for name, entry in measurements().items():
             print(f"{name:24} {entry.minutes:>6g} min  {entry.about}")
         return 0
     errors.expect(chosen.name is not None, "measure what? One of: " + ", ".join(measurements()))
+    keep_memory()
     print(f"Written: {measure(chosen.name, chosen.out)}")
     return 0
 
@@ -228,25 +239,26 @@ def _draw(chosen: argparse.Namespace) -> int:
     errors.number("--count", chosen.count, low=1, integer=True)
     seed = torch.Generator().seed() % 2**32 if chosen.seed is None else chosen.seed
     errors.number("--seed", seed, low=0, high=2**62, integer=True)
-    kind = _system(chosen.model)
+    kind, root = _system(chosen.model)
     options = {"negative_prompt": chosen.negative, "sampler": chosen.sampler}
     options |= {"height": chosen.height, "width": chosen.width, "truncate": chosen.truncate}
     if chosen.guidance is not None:
         options["guidance_scale"] = chosen.guidance
-    several = kind.__name__ == "DALLE2"
+    usual = kind.usual_steps(kind.listed(root))
     try:
-        steps = [int(n) for n in (chosen.steps or ("25,25,7" if several else "50")).split(",")]
+        steps = [int(n) for n in chosen.steps.split(",")] if chosen.steps else [*usual.values()]
     except ValueError:
         raise ValueError(f"--steps is {chosen.steps!r}; expected whole numbers.") from None
     errors.expect(
-        len(steps) == (3 if several else 1),
-        f"--steps has {len(steps)} numbers; {kind.__name__} takes {3 if several else 1}.",
+        len(steps) == len(usual),
+        f"--steps has {len(steps)} numbers; {kind.__name__} takes {len(usual)}, for"
+        f" {', '.join(usual)}.",
     )
-    pipe = kind.from_pretrained(chosen.model).to(_device(chosen.device))
+    pipe = kind.from_pretrained(root).to(_device(chosen.device))
     with tqdm(total=sum(steps), disable=chosen.quiet, desc="draw", unit="step") as bar:
         pictures = pipe(
             chosen.prompt,
-            steps=steps if several else steps[0],
+            steps=steps if len(steps) > 1 else steps[0],
             num_images_per_prompt=chosen.count,
             generator=[torch.Generator().manual_seed(seed + i) for i in range(chosen.count)],
             callback=lambda *_: bar.update(),
@@ -284,19 +296,25 @@ def _device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
 
 
-def _system(folder: str) -> type:
-    """The class that opens a folder, by its model_index.json."""
-    from companion import DALLE2, StableDiffusion
+def _system(model: str) -> tuple:
+    """The class that opens a model, by its model_index.json, and the model's folder."""
+    import companion
     from companion.checkpoints import CheckpointError, read_json
     from companion.pretrained import locate
 
-    path = locate(folder) / "model_index.json"
-    name = read_json(path).get("_class_name")
-    for kind in (StableDiffusion, DALLE2):
+    kinds = [getattr(companion, name) for name in companion._SYSTEMS]
+    for kind in kinds:
+        if model == kind.shipped:
+            return kind, kind.find("storybook")
+    root = locate(model)
+    name = read_json(root / "model_index.json").get("_class_name")
+    for kind in kinds:
         if name in kind.opens:
-            return kind
-    known = ", ".join((*StableDiffusion.opens, *DALLE2.opens))
-    raise CheckpointError(f"{path}: _class_name is {name!r}; expected one of {known}.")
+            return kind, root
+    known = ", ".join(name for kind in kinds for name in kind.opens)
+    raise CheckpointError(
+        f"{root / 'model_index.json'}: _class_name is {name!r}; expected one of {known}."
+    )
 
 
 def _check(chosen: argparse.Namespace) -> int:
@@ -305,7 +323,7 @@ def _check(chosen: argparse.Namespace) -> int:
     from companion.checkpoints import WEIGHTS, check
 
     if chosen.folder and (Path(chosen.folder) / "model_index.json").exists():
-        findings = _system(chosen.folder).check(chosen.folder)
+        findings = _system(chosen.folder)[0].check(chosen.folder)
     else:
         findings = check(chosen.folder)
     for finding in findings:

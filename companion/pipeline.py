@@ -6,182 +6,32 @@ knowingly left out (a safety checker) is said to be.
 """
 
 import logging
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from companion import errors, samplers
-from companion.checkpoints import CheckpointError, read_config, read_json, write_json
+from companion import checkpoints, errors
+from companion.checkpoints import CheckpointError, read_json, write_json
 from companion.pretrained import Pretrained, locate
-from companion.schedule import Schedule, draw
+from companion.schedule import draw
+from companion.scheduler import Generators, Scheduler, SchedulerConfig  # noqa: F401 (a part too)
 from companion.tokenizer import Tokenizer
 
 log = logging.getLogger("companion")
-Generators = torch.Generator | list[torch.Generator]
-
-# Which of our samplers a folder's scheduler is. PNDM, which 2022's folders name, is not among them;
-# DDIM goes through the same timesteps to the same end.
-SAMPLER_OF = {
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "EulerDiscreteScheduler": "euler",
-    "HeunDiscreteScheduler": "heun",
-    "PNDMScheduler": "ddim",
-    "UnCLIPScheduler": "ddpm",
-}
-# Settings of those schedulers with the values under which they change nothing here.
-SCHEDULER_SWITCHES: dict[str, tuple[object, ...]] = {
-    "algorithm_type": ("dpmsolver++",),
-    "euler_at_final": (False,),
-    "final_sigmas_type": ("zero",),
-    "interpolation_type": ("linear",),
-    "lambda_min_clipped": (-math.inf,),
-    "lower_order_final": (True,),  # the last step goes to abar = 1, where it is first order anyway
-    "sigma_max": (None,),
-    "sigma_min": (None,),
-    "solver_order": (2,),
-    "solver_type": ("midpoint",),
-    "thresholding": (False,),
-    "timestep_type": ("discrete",),
-    "use_beta_sigmas": (False, None),
-    "use_dynamic_shifting": (False,),
-    "use_exponential_sigmas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_karras_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-}
-# These belong to settings that are off, or (skip_prk_steps) to PNDM alone.
-SCHEDULER_NOTES = (
-    "dynamic_thresholding_ratio", "flow_shift", "sample_max_value", "skip_prk_steps",
-    "time_shift_type",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """``scheduler_config.json``; None where a missing key means something else to each sampler."""
-
-    num_train_timesteps: int = 1000
-    beta_start: float | None = None
-    beta_end: float | None = None
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
-    trained_betas: tuple[float, ...] | None = None
-    rescale_betas_zero_snr: bool = False
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
-    steps_offset: int = 0
-    set_alpha_to_one: bool | None = None
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
-    variance_type: (
-        Literal["fixed_small", "fixed_small_log", "fixed_large", "learned_range"] | None
-    ) = None
-
-
-class Scheduler:
-    """What a folder says about noise and steps. It walks nothing itself: ``samplers`` does.
-
-    Args:
-        schedule: The noise schedule.
-        config: The rest of ``scheduler_config.json``.
-        stored: The file's own keys and values, kept for saving.
-    """
-
-    def __init__(self, schedule: Schedule, config: SchedulerConfig, stored: Mapping) -> None:
-        self.schedule, self.config, self.stored = schedule, config, dict(stored)
-        self.published = str(stored.get("_class_name"))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, subfolder: str | None = None) -> Self:
-        """Open a folder with ``scheduler_config.json``.
-
-        Raises:
-            CheckpointError: No file, or a setting or scheduler that is not implemented, by name.
-        """
-        path = locate(folder, subfolder) / "scheduler_config.json"
-        stored = read_json(path)
-        kind = stored.get("_class_name")
-        if kind not in SAMPLER_OF:
-            raise CheckpointError(
-                f"{path}: _class_name is {kind!r}; expected one of {', '.join(SAMPLER_OF)}."
-            )
-        config = read_config(path, SchedulerConfig, SCHEDULER_NOTES, SCHEDULER_SWITCHES)
-        return cls(Schedule.from_config(path), config, stored)
-
-    @property
-    def sampler(self) -> str:
-        """The sampler that the folder asks for."""
-        return SAMPLER_OF[self.published]
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the file as it was read (but no infinity, which is not JSON)."""
-        plain = {k: v for k, v in self.stored.items() if v != -math.inf}
-        write_json(Path(folder) / "scheduler_config.json", plain)
-
-    def timesteps(self, sampler: str, steps: int, steps_offset: int | None = None) -> Tensor:
-        """The descending timesteps, spaced as the folder says or else as the sampler does."""
-        spacing = self.config.timestep_spacing
-        offset = self.config.steps_offset if steps_offset is None else steps_offset
-        if self.published == "UnCLIPScheduler":
-            spacing = "linspace"
-            errors.number("steps", steps, low=2, integer=True)  # stock would divide 1 by zero
-        return samplers.timesteps(sampler, steps, self.schedule, spacing, offset)
-
-    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """DDPM eq. 4 at one timestep, whole or (Euler, Heun) fractional."""
-        signal, std = self.schedule.signal(t).item(), self.schedule.noise(t).item()
-        return signal * x0 + std * noise
-
-    def start(self, noise: Tensor, sampler: str, timesteps: Tensor) -> Tensor:
-        """Where a picture that is nothing but noise starts."""
-        if sampler in ("euler", "heun") and self.config.timestep_spacing != "leading":
-            # Trap: stock's sigma samplers then start from sigma times noise, without the 1 that
-            # the (empty) picture would add: a touch less than variance 1.
-            return noise * self.schedule.noise(timesteps[0]).item()
-        return noise
-
-    def walk(
-        self,
-        sampler: str,
-        denoise: samplers.Denoiser,
-        x: Tensor,
-        timesteps: Tensor,
-        *,
-        generator: Generators,
-        callback: samplers.Callback = None,
-        clip: bool = False,
-    ) -> Tensor:
-        """Sample with the settings that the folder has for this sampler."""
-        c, options = self.config, {}
-        if clip and c.clip_sample:
-            options["clip"] = c.clip_sample_range
-        if sampler == "ddpm":
-            options["variance"] = c.variance_type or "fixed_small"
-        if sampler == "ddim":
-            options["rederive"] = False
-            ends_at_one = c.set_alpha_to_one
-            if ends_at_one is None:
-                ends_at_one = self.published != "PNDMScheduler"
-            if not ends_at_one:
-                options["final_alpha_cumprod"] = self.schedule.alphas_cumprod[0].item()
-        return samplers.SAMPLERS[sampler](
-            denoise, x, timesteps, self.schedule, generator=generator, callback=callback, **options
-        )
 
 
 class System:
     """Text in, pictures out; a folder of parts. Attributes are named as the subfolders are."""
 
     opens: ClassVar[tuple[str, ...]]  # the pipelines whose folders this class opens, first saved
+    shipped: ClassVar[str] = ""  # the book's own, trained on Storybook: a folder of the weights
     parts: ClassVar[dict[str, type]]  # subfolder -> the class that opens it
     optional: ClassVar[tuple[str, ...]] = ()  # parts that not every pipeline has
     skipped: ClassVar[dict[str, str]] = {}  # parts that are left out, and what to say of it
+    walks: ClassVar[dict[str, tuple[str, int]]] = {}  # walk -> the part it asks, its usual steps
 
     def __init__(self, **parts: Any) -> None:
         for name in self.parts:
@@ -199,27 +49,47 @@ class System:
         *,
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
+        **parts: Any,
     ) -> Self:
         """Open a published folder.
 
         Args:
-            folder: A folder with ``model_index.json``, or a hub id (``pretrained.locate``).
+            folder: A folder with ``model_index.json``, a hub id (``pretrained.locate``), or
+                ``"storybook"``: the book's own, shipped with the companion.
             dtype: Type of the parameters.
             revision: Commit, tag or branch on the hub.
+            parts: Taken instead of the folder's, or beside them, by name.
 
         Raises:
             CheckpointError: A part is missing, truncated, altered, or not implemented here.
         """
-        root = locate(folder, revision=revision)
-        found = cls._index(root)
+        root = cls.find(folder, revision)
+        listed = cls.listed(root, parts)
         for name, why in cls.skipped.items():
-            if name in found and why:
+            if name in listed and why:
                 log.warning("%s: %s", root / name, why)
-        return cls(**{name: _open(cls.parts[name], root, name, dtype) for name in cls.parts
-                      if name in found})  # fmt: skip
+        opened = {
+            name: _open(kind, root, name, dtype)
+            for name, kind in cls.parts.items()
+            if name in listed and name not in parts
+        }
+        return cls(**opened | parts)
 
     @classmethod
-    def _index(cls, root: Path) -> set[str]:
+    def find(cls, folder: str | Path, revision: str | None = None) -> Path:
+        """The folder that a caller means, as ``from_pretrained`` takes it."""
+        if folder != "storybook":
+            return locate(folder, revision=revision)
+        root = checkpoints.WEIGHTS / cls.shipped
+        if not root.is_dir():
+            raise CheckpointError(
+                f"The book's own {cls.__name__} is not shipped with this companion: there is no"
+                f" folder {root}. Give the path of a folder, or a hub id."
+            )
+        return root
+
+    @classmethod
+    def listed(cls, root: Path, given: Collection[str] = ()) -> set[str]:
         """The parts that ``model_index.json`` lists; an error where it is not this system's."""
         path = root / "model_index.json"
         index = read_json(path)
@@ -228,25 +98,31 @@ class System:
             raise CheckpointError(
                 f"{path}: _class_name is {kind!r}; {cls.__name__} opens {' and '.join(cls.opens)}."
             )
-        listed = {k: v for k, v in index.items() if isinstance(v, list)}
-        found = {k for k, v in listed.items() if v[1:] and v[1] is not None}
+        entries = {k: v for k, v in index.items() if isinstance(v, list)}
+        found = {k for k, v in entries.items() if v[1:] and v[1] is not None}
         for name in sorted(found):
             if name not in cls.parts and name not in cls.skipped:
                 raise CheckpointError(
-                    f"{path}: {cls.__name__} has no part {name!r} ({listed[name][1]}), so it cannot"
-                    " promise the same pictures."
+                    f"{path}: {cls.__name__} has no part {name!r} ({entries[name][1]}), so it"
+                    " cannot promise the same pictures."
                 )
-        lacking = [n for n in cls.parts if n not in found and n not in cls.optional]
+        needed = [n for n in cls.parts if n not in cls.optional]
+        lacking = [n for n in needed if n not in found and n not in given]
         if lacking:
             raise CheckpointError(f"{path} lists no {', '.join(lacking)}; {cls.__name__} needs it.")
         return found
 
     @classmethod
+    def usual_steps(cls, parts: Collection[str]) -> dict[str, int]:
+        """Walks from noise that a system with these parts takes, and the usual steps of each."""
+        return {walk: steps for walk, (part, steps) in cls.walks.items() if part in parts}
+
+    @classmethod
     def check(cls, folder: str | Path) -> list[str]:
         """What is wrong with a folder: every part is opened, one at a time. Empty: all is well."""
         try:
-            root = locate(folder)
-            found = cls._index(root)
+            root = cls.find(folder)
+            found = cls.listed(root)
         except CheckpointError as error:
             return [str(error)]
         findings, opened = [], {}
@@ -271,17 +147,31 @@ class System:
                 findings.append(f"{root}: {error}")
         return findings
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        cards: Mapping[str, Mapping[str, object]] | None = None,
+    ) -> Path:
         """Write a folder that ``from_pretrained`` and the stock pipeline open.
 
         Args:
             folder: Where; made if need be.
             dtype: Storage type of the weights, such as ``torch.float16``; default: as they are.
+            cards: What to say of how each network came about (``checkpoints.save``), by part.
         """
         folder = Path(folder)
+        cards = dict(cards or {})
         present = {n: p for n in self.parts if (p := getattr(self, n)) is not None}
+        networks = {n for n, p in present.items() if isinstance(p, Pretrained)}
+        errors.expect(
+            set(cards) <= networks,
+            f"cards are given for {', '.join(sorted(set(cards) - networks))}, which is no network"
+            " of this system.",
+        )
         for name, part in present.items():
-            options = {"dtype": dtype} if isinstance(part, Pretrained) else {}
+            options = {"dtype": dtype, "card": cards.get(name)} if name in networks else {}
             part.save_pretrained(folder / name, **options)
         write_json(folder / "model_index.json", self.index())
         return folder
@@ -295,10 +185,18 @@ class System:
                 listed[name] = [*_home(part)]
         return {"_class_name": self.opens[0], "_diffusers_version": "0.10.0", **listed}
 
-    def to(self, device: str | torch.device) -> Self:
-        """Move all networks; noise is still drawn on the CPU, so a seed stays the same picture."""
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Move all networks, change their type, or both.
+
+        Noise is still drawn on the CPU and samplers still walk in float32, so a seed stays nearly
+        the same picture.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}; expected a floating-point type.")
         for part in self._networks():
-            part.to(device)
+            part.to(device=device, dtype=dtype)
         return self
 
     @property

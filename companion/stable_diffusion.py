@@ -3,13 +3,15 @@
 Four parts: a text encoder (CLIP's) turns the prompt into states; a U-Net, asked again and again by
 a sampler, turns noise into a latent that fits them; the autoencoder's decoder turns that into
 pixels; a tokenizer stands before it all. Given a picture, drawing starts from it
-(``image=``, ``strength=``), or repaints a part of it (``mask=``).
+(``image=``, ``strength=``), repaints a part of it (``mask=``), or draws what CLIP sees in it
+(``image_prompt=``: the U-Net then looks at a picture's tokens where it else looks at words).
 
 Letters: B pictures (prompts times pictures a prompt), N tokens of K channels, f the autoencoder's
 factor (8 at life size), latents (B, 4, H/f, W/f).
 """
 
-import logging
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +20,15 @@ from torch.nn import functional as F
 
 from companion import errors, guidance, samplers
 from companion.autoencoder import Autoencoder
-from companion.clip import CLIPText
+from companion.clip import CLIPText, CLIPVisionProjected
 from companion.data import to_signed, to_unit
 from companion.diffusion import to_x0
-from companion.pipeline import Generators, Scheduler, System, generators, prompts
+from companion.pipeline import System, generators, prompts
+from companion.preparation import Preparation
 from companion.schedule import draw
+from companion.scheduler import Generators, Scheduler
 from companion.tokenizer import Tokenizer
 from companion.unet import UNet
-
-log = logging.getLogger("companion")
 
 
 class StableDiffusion(System):
@@ -37,19 +39,25 @@ class StableDiffusion(System):
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
     )
+    shipped = "stable-diffusion"
     parts = {
+        "feature_extractor": Preparation,
+        "image_encoder": CLIPVisionProjected,
         "scheduler": Scheduler,
         "text_encoder": CLIPText,
         "tokenizer": Tokenizer,
         "unet": UNet,
         "vae": Autoencoder,
     }
+    optional = ("image_encoder", "feature_extractor")
     skipped = {
         "safety_checker": "not loaded, so nothing here looks at what is drawn. The licence of these"
         " weights still says what they may be used for.",
-        "feature_extractor": "",  # it prepares pictures for the safety checker and nothing else
     }
-    # The parts, as __init__ sets them.
+    walks = {"latents": ("unet", 50)}
+    # The parts, as __init__ sets them; None where a folder has no such part.
+    feature_extractor: Preparation | None
+    image_encoder: CLIPVisionProjected | None
     scheduler: Scheduler
     text_encoder: CLIPText
     tokenizer: Tokenizer
@@ -77,14 +85,21 @@ class StableDiffusion(System):
             f"the tokenizer makes {self.tokenizer.context} tokens of {len(self.tokenizer)} kinds,"
             f" the text encoder takes {text.max_position_embeddings} of {text.vocab_size}.",
         )
-        if self.scheduler.published == "PNDMScheduler":
-            log.info("PNDMScheduler is not built here; DDIM visits the same timesteps.")
+        errors.expect(
+            (self.image_encoder is None) == (self.feature_extractor is None),
+            "image_encoder and feature_extractor go together.",
+        )
+
+    @classmethod
+    def listed(cls, root: Path, given: Collection[str] = ()) -> set[str]:
+        found = super().listed(root, given)
+        # Published folders prepare pictures for the safety checker alone.
+        return found if "image_encoder" in {*found, *given} else found - {"feature_extractor"}
 
     def index(self) -> dict[str, object]:
         kind = self.opens[2 if self._inpaints else 0]
-        nothing = {
-            n: [None, None] for n in ("safety_checker", "feature_extractor", "image_encoder")
-        }
+        absent = [n for n in self.optional if getattr(self, n) is None]
+        nothing = {n: [None, None] for n in ("safety_checker", *absent)}
         return super().index() | {"_class_name": kind, "requires_safety_checker": False} | nothing
 
     @property
@@ -95,7 +110,7 @@ class StableDiffusion(System):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         *,
         steps: int = 50,
         guidance_scale: float = 7.5,
@@ -113,11 +128,12 @@ class StableDiffusion(System):
         strength: float = 0.8,
         mask: Tensor | None = None,
         paste: bool = False,
+        image_prompt: Tensor | None = None,
     ) -> Tensor:
         """Draw.
 
         Args:
-            prompt: One text or several.
+            prompt: One text or several; none with ``image_prompt``.
             steps: How many timesteps the sampler visits (a share of them, ``strength``, when
                 drawing starts from a picture).
             guidance_scale: s = 1 + w; at most 1: the U-Net is asked once a step, not twice.
@@ -136,15 +152,17 @@ class StableDiffusion(System):
             mask: (1 or B, 1, H, W) in [0, 1]: 1 (from 0.5 on) is repainted, 0 is kept.
             paste: Put the pixels of ``image`` back where ``mask`` is 0. Without it they come
                 from the decoder, and are only nearly the same.
+            image_prompt: (B, 3, H, H) square pictures in [0, 1], of any size: draw what they show,
+                instead of what words say. Guidance moves away from the empty text, or from
+                ``negative_prompt``.
 
         Returns:
             (B, 3, H, W) in [0, 1].
         """
-        sampler = sampler or self.scheduler.sampler
-        errors.one_of("sampler", sampler, samplers.SAMPLERS)
+        sampler = self.scheduler.choose(sampler)
         errors.number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
         errors.expect(not paste or mask is not None, "paste=True puts back what mask= keeps.")
-        texts = prompts("prompt", prompt)
+        texts = self._texts(prompt, image_prompt)
         count = len(texts) * num_images_per_prompt
         source = generators(generator, seed, count)
         height, width = self._size(height, width, image, mask, count)
@@ -158,6 +176,8 @@ class StableDiffusion(System):
         given, null = self.encode_prompts(
             texts, negative_prompt, num_images_per_prompt, guidance_scale, truncate
         )
+        if image_prompt is not None:
+            given = self.encode_picture_prompts(image_prompt, num_images_per_prompt)
 
         # Noise is drawn in stock's order: for the latent of the picture, to start from, for the
         # latent of the masked picture, and then by the sampler.
@@ -181,12 +201,7 @@ class StableDiffusion(System):
                 rows = count if isinstance(source, list) else len(image)
                 draw(torch.empty(rows, *shape[1:], dtype=self.dtype), source)
 
-        denoise = guidance.classifier_free(
-            self._denoise,
-            (given,) if around is None else (given, around),
-            (null,) if around is None else (null, around),
-            guidance_scale,
-        )
+        denoise = self._guided(given, null, around, guidance_scale)
         blend = mask is not None and not self._inpaints
 
         # A U-Net that knows of no mask: what is kept is put into every x it sees, as noisy as x.
@@ -212,6 +227,21 @@ class StableDiffusion(System):
         output = self.unet(seen.to(own), t, context.to(own)).to(x.dtype)
         return to_x0(output, x, t, self.scheduler.schedule, self.scheduler.config.prediction_type)
 
+    def _guided(
+        self, given: Tensor, null: Tensor, around: Tensor | None, scale: float
+    ) -> samplers.Denoiser:
+        """The U-Net, told what is given, and led away from the null condition."""
+        with_it, without = ((c,) if around is None else (c, around) for c in (given, null))
+        if scale <= 1 or given.shape == null.shape:
+            return guidance.classifier_free(self._denoise, with_it, without, scale)
+
+        # A picture and the empty text have different numbers of tokens: two questions, not one.
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            nothing = self._denoise(x, t, *without)
+            return nothing + scale * (self._denoise(x, t, *with_it) - nothing)
+
+        return guided
+
     # --- words and pictures in, pictures out -----------------------------------------------------
 
     def encode_prompts(
@@ -236,6 +266,15 @@ class StableDiffusion(System):
             both.append(self.text_encoder(ids).states.repeat_interleave(each, dim=0))
         return both[0], both[1]
 
+    def encode_picture_prompts(self, pictures: Tensor, each: int = 1) -> Tensor:
+        """Square pictures in [0, 1] to the states of CLIP's picture tower, (B, 1 + patches, K)."""
+        tower = self.image_encoder.vision_model
+        ready = self.feature_extractor(pictures, self.image_encoder.config.image_size)
+        own = tower.post_layernorm.weight
+        states = tower(ready.to(own.device, own.dtype)).states
+        # Trap: CLIP itself norms only the first one, which it compares. Bare, they are of any size.
+        return tower.post_layernorm(states).repeat_interleave(each, dim=0)
+
     def encode(self, pictures: Tensor, source: Generators, count: int) -> Tensor:
         """Pictures (1 or B, 3, H, W) in [-1, 1] to scaled latents, a sample each, (B, 4, …)."""
         own = self.vae.quant_conv.weight.dtype
@@ -253,6 +292,25 @@ class StableDiffusion(System):
         own = self.vae.quant_conv.weight.dtype
         z = (latents / self.vae.config.scaling_factor).to(self.device, own)
         return self.vae.decode(z).to(self.dtype)
+
+    def _texts(self, prompt: str | list[str] | None, image_prompt: Tensor | None) -> list[str]:
+        """The prompts; empty ones where pictures stand for words."""
+        if image_prompt is None:
+            return prompts("prompt", prompt)
+        errors.expect(
+            prompt in (None, ""), "image_prompt stands where the words would; leave prompt out."
+        )
+        errors.tensor("image_prompt", image_prompt, "B 3 H H", "float", low=0, high=1)
+        errors.expect(
+            self.image_encoder is not None, "this folder has no image_encoder for image_prompt."
+        )
+        width, own = self.unet.config.cross_attention_dim, self.image_encoder.config.hidden_size
+        errors.expect(
+            width == own,
+            f"the U-Net looks at states of width {width}, the picture encoder makes {own}: this"
+            " U-Net was not trained to look at pictures.",
+        )
+        return [""] * len(image_prompt)
 
     def _size(
         self,

@@ -10,8 +10,8 @@ from test_cli import refused
 from companion import __main__ as cli
 from companion.autoencoder import Autoencoder, AutoencoderConfig
 from companion.clip import CLIPText, CLIPTextConfig
-from companion.pipeline import Scheduler, SchedulerConfig
 from companion.schedule import Schedule
+from companion.scheduler import Scheduler, SchedulerConfig
 from companion.stable_diffusion import StableDiffusion
 from companion.tokenizer import Tokenizer
 from companion.unet import UNet, UNetConfig

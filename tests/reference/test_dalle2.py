@@ -196,12 +196,12 @@ def test_more_candidates_fit_the_words_better(ours):
     """The embedding that goes on is the best of those drawn, by its dot product with the text's."""
     pipe = ours["texts"]
     words, null = pipe.encode_prompts(CAPTIONS[:2]), pipe.encode_prompts(["", ""])
-    walk = pipe._walks(("prior",), (4,), None)[0]
+    walk = pipe._plan(("prior",), (4,), None, None, None, None)[0]
     one = pipe.draw_embedding(words, null, walk, 4.0, 1, gen())
     z = torch.randn(10, 24, generator=gen(7), dtype=torch.float64)
     drawn = []
     best = pipe.draw_embedding(
-        words, null, walk, 4.0, 5, gen(), z, lambda i, t, x, x0: drawn.append(x0)
+        words, null, walk._replace(latents=z), 4.0, 5, gen(), lambda i, t, x, x0: drawn.append(x0)
     )
     assert best.shape == one.shape == (2, 24)
     every = pipe.prior.restore(drawn[-1]).unflatten(0, (2, 5))  # the last step goes to x0 itself
@@ -363,7 +363,7 @@ def test_schedulers_that_do_not_fit_are_refused(saved, tmp_path, part, change, s
         ({"steps": 4}, "expected 3 values"),
         ({"steps": (4, 1, 3)}, "steps is 1"),
         ({"candidates": 0}, "candidates is 0"),
-        ({"sampler": "dpm"}, "name is 'dpm'"),
+        ({"sampler": "dpm"}, "sampler is 'dpm'"),
         ({"latents": [None]}, "latents is"),
         ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
         ({"height": 40}, "height is 40"),
