@@ -21,7 +21,10 @@ FLOORS = {
     },
     "models": {"clip", "unet", "adm", "autoencoder", "prior", "prior_ar", "predecessors"},
     "processes": {"diffusion", "guidance", "samplers"},
-    "systems": {"pipeline", "dalle2", "imagen", "stable_diffusion"},
+    "systems": {
+        "preparation", "scheduler", "pipeline", "unclip", "manipulations", "dalle2", "imagen",
+        "stable_diffusion",
+    },
     "side doors": {
         "__main__", "bench", "contest", "exercises", "judge", "measure", "notebooks", "prompts",
         "recipes", "scores", "show", "train", "widgets",
