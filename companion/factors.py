@@ -1,0 +1,248 @@
+"""Autoencoders of other factors and channels, and one with a codebook: chapter 11's comparison.
+
+All are trained by the parts of the shipped autoencoder's recipe, each for equally many processor
+seconds on one thread, on pictures that are drawn beforehand. As they train they are scored now and
+then, so that they can be compared at equal seconds *and* at equal numbers of pictures; the two
+differ a lot. ``python -m companion measure autoencoders`` makes the table.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from companion import errors
+from companion.autoencoder import Autoencoder, AutoencoderConfig, Posterior
+from companion.measure import measurement
+from companion.recipes import autoencoder as recipe
+from companion.train import Average, generator
+
+WIDTHS = (16, 32, 64, 96, 96)  # at 64 x 64, 32 x 32, …: as many as the factor has halvings, and one
+CODES = 1024
+COMMITMENT = 0.25  # van den Oord et al. 2017 (arXiv 1711.00937), equation 3
+SECONDS = 180.0  # of one thread, for each network
+BATCH, LEARNING_RATE, WARMUP, EMA = 16, 2e-3, 100, 0.99
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One network: how much smaller on each side, with how many channels, drawn or from codes."""
+
+    factor: int
+    channels: int
+    codes: int | None = None
+
+    @property
+    def name(self) -> str:
+        kind = "KL" if self.codes is None else f"VQ {self.codes}"
+        return f"f = {self.factor}, c = {self.channels}, {kind}"
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.channels, recipe.SIZE // self.factor, recipe.SIZE // self.factor
+
+
+PLANS = (
+    Plan(2, 4), Plan(4, 4), Plan(8, 4), Plan(16, 4), Plan(8, 1), Plan(8, 16), Plan(16, 16),
+    Plan(8, 4, CODES),
+)  # fmt: skip
+
+
+class CodebookAutoencoder(Autoencoder):
+    """Each place of the latent is one of a list of vectors (van den Oord et al. 2017, VQ-VAE).
+
+    Where Stable Diffusion's autoencoder draws a latent near the encoder's mean, this one takes the
+    code nearest to it. ``encode`` gives that code as the mean of a Gaussian of no width, so that
+    whoever works with one kind of autoencoder can work with the other.
+    """
+
+    def __init__(self, config: AutoencoderConfig, codes: int) -> None:
+        super().__init__(config)
+        errors.number("codes", codes, 1, integer=True)
+        self.codes = nn.Parameter(torch.randn(codes, config.latent_channels))
+
+    def before(self, x: Tensor) -> Tensor:
+        """What the encoder says, before a code is chosen: (B, 3, H, W) -> (B, c, h, w)."""
+        return super().encode(x).mean
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Number of the nearest code at each place: (B, c, h, w) -> (B, h, w), whole numbers."""
+        b, c, h, w = z.shape
+        places = z.permute(0, 2, 3, 1).reshape(-1, c)  # (B*h*w, c)
+        apart = places.square().sum(1, keepdim=True) - 2 * places @ self.codes.T
+        return (apart + self.codes.square().sum(1)).argmin(1).view(b, h, w)
+
+    def look_up(self, numbers: Tensor) -> Tensor:
+        """Codes by number: (B, h, w) -> (B, c, h, w)."""
+        return F.embedding(numbers, self.codes).permute(0, 3, 1, 2)
+
+    def encode(self, x: Tensor) -> Posterior:
+        """Pictures (B, 3, H, W) in [-1, 1] to the nearest codes, as certain as can be."""
+        z = self.look_up(self.nearest(self.before(x)))
+        return Posterior(z, torch.full_like(z, -30.0))
+
+    @torch.no_grad()
+    def start_from(self, x: Tensor, generator: torch.Generator) -> None:
+        """Lay the codes where the encoder puts these pictures, so that none begins unused."""
+        z = self.before(x).permute(0, 2, 3, 1).reshape(-1, self.codes.shape[1])
+        chosen = torch.randint(len(z), (len(self.codes),), generator=generator)
+        spread = 0.05 * z.std() * torch.randn(self.codes.shape, generator=generator)
+        self.codes.copy_(z[chosen] + spread)
+
+
+def codebook_loss(
+    model: CodebookAutoencoder, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The recipe's distance, and codes and encoder drawn to each other (VQ-VAE, equation 3).
+
+    Choosing has no gradient; the decoder's goes straight on to the encoder, as if nothing had been
+    chosen.
+    """
+    x = batch["pictures"]
+    z = model.before(x)
+    code = model.look_up(model.nearest(z.detach()))
+    apart, parts = recipe.distance(model.decode(z + (code - z).detach()), x)
+    to_codes, to_encoder = F.mse_loss(code, z.detach()), F.mse_loss(z, code.detach())
+    parts = {name: value.detach() for name, value in parts.items()}
+    return apart + to_codes + COMMITMENT * to_encoder, {**parts, "codes": to_codes.detach()}
+
+
+def fresh(plan: Plan, seed: int = 0) -> Autoencoder:
+    """An untrained network after a plan; the global generator is left as it was."""
+    halvings = plan.factor.bit_length() - 1
+    errors.expect(
+        plan.factor == 2**halvings and 1 <= halvings < len(WIDTHS),
+        f"factor is {plan.factor}; expected 2, 4, 8 or 16.",
+    )
+    config = recipe.config(WIDTHS[: halvings + 1], plan.channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, plan.name).initial_seed())
+        if plan.codes is None:
+            return recipe.build(config)
+        made = CodebookAutoencoder(config, plan.codes)
+        made.load_state_dict(recipe.build(config).state_dict() | {"codes": made.codes.detach()})
+        return made.to(memory_format=torch.channels_last)
+
+
+def trained(
+    plan: Plan,
+    pictures: recipe.Pictures,
+    look: Tensor,
+    seconds: float,
+    *,
+    looks: int = 6,
+    kl_weight: float = recipe.KL_WEIGHT,
+    seed: int = 0,
+) -> tuple[Autoencoder, list[dict[str, float]]]:
+    """Train for so many processor seconds, and look at ``looks`` times how far it has come.
+
+    Args:
+        plan: What to train.
+        pictures: To train on; drawing them is not counted when they have been drawn before.
+        look: Pictures (B, 3, 64, 64) in [0, 1] for the curve; looking is not counted either.
+        seconds: Processor seconds of steps.
+        looks: Points of the curve, evenly spaced in seconds.
+        kl_weight: As in the recipe's loss.
+        seed: Of first weights and batches.
+
+    Returns:
+        The moving average of the weights, and the curve: seconds, pictures seen, PSNR in dB.
+    """
+    model = fresh(plan, seed)
+    average = Average(model, EMA)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    curve: list[dict[str, float]] = []
+    spent, step = 0.0, 0
+    while len(curve) < looks:
+        indices = step * BATCH + torch.arange(BATCH)
+        batch = recipe.batch(indices, generator(seed, "factors", step), pictures, plan.latent)
+        started = time.process_time()
+        if step == 0 and isinstance(model, CodebookAutoencoder):
+            model.start_from(batch["pictures"], generator(seed, "codes"))
+        for group in optimiser.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP)
+        with torch.autocast("cpu", torch.bfloat16):
+            if isinstance(model, CodebookAutoencoder):
+                loss, _ = codebook_loss(model, batch)
+            else:
+                loss, _ = recipe.loss(model, batch, kl_weight)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        average.update(model, step)
+        step += 1
+        spent += time.process_time() - started
+        if spent >= seconds * (len(curve) + 1) / looks:
+            psnr = recipe.psnr(recipe.round_trip(average.model, look), look).mean().item()
+            curve.append({"seconds": spent, "pictures": step * BATCH, "psnr": psnr})
+    return average.model, curve
+
+
+def multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
+    """Multiplications (each with its addition) of convolutions, linear layers and attention.
+
+    Counted by running the model on ``inputs``; for one picture, give a batch of one.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops() // 2
+
+
+@measurement(
+    "autoencoders",
+    "Small autoencoders of several factors and channels, and one with a codebook: equal processor"
+    " seconds each, PSNR and facts read right on fresh scenes with 95 % intervals",
+    minutes=30,
+    needs=("judge",),
+)
+def autoencoders(
+    plans: Sequence[Plan] = PLANS, seconds: float = SECONDS, n: int = 500, scenes: int = 4000
+) -> dict[str, Any]:
+    """Chapter 11's comparison."""
+    pictures = recipe.Pictures(n=scenes)
+    for numbers in torch.arange(scenes).split(50):
+        pictures[numbers]  # drawn now, so that no network pays for it
+    x, truth = pictures.fresh(n)
+    rows = []
+    for plan in plans:
+        model, curve = trained(plan, pictures, x[: min(n, 100)], seconds)
+        back = recipe.round_trip(model, x)
+        c, h, w = plan.latent
+        rows.append(
+            {
+                "name": plan.name,
+                "factor": plan.factor,
+                "channels": c,
+                "codes": plan.codes,
+                "numbers": c * h * w,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "multiply_adds": multiply_adds(model, x[:1]),
+                "curve": curve,
+                "psnr": recipe.mean_interval(recipe.psnr(back, x)),
+                "facts": recipe.facts_right(back, truth)["facts"],
+                "whole scenes": recipe.facts_right(back, truth)["whole scenes"],
+            }
+        )
+        if plan.codes is not None:
+            with torch.no_grad():
+                used = model.nearest(model.before(2 * x - 1)).unique().numel()
+            rows[-1]["codes used"] = used
+    ceiling = recipe.facts_right(x, truth)
+    return {
+        "seconds": seconds,
+        "scenes": scenes,
+        "fresh": n,
+        "precision": "bf16",
+        "ceiling": ceiling,
+        "rows": rows,
+    }

@@ -1,0 +1,144 @@
+"""Chapter 11's comparison of autoencoders: its parts by hand, and the whole at tiny effort."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from companion import factors
+from companion.factors import CodebookAutoencoder, Plan
+from companion.recipes import autoencoder as recipe
+
+
+@pytest.fixture(scope="module")
+def pictures() -> recipe.Pictures:
+    drawn = recipe.Pictures(n=32)
+    drawn[torch.arange(32)]
+    return drawn
+
+
+def small(codes: int = 8) -> CodebookAutoencoder:
+    torch.manual_seed(0)
+    return CodebookAutoencoder(recipe.config((4, 4, 8)), codes)
+
+
+@pytest.mark.parametrize("plan", factors.PLANS, ids=lambda plan: plan.name)
+def test_each_plan_has_the_latent_that_it_says(plan):
+    before = torch.random.get_rng_state()
+    model = factors.fresh(plan).requires_grad_(False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    said = model.encode(x)
+    assert said.mean.shape == (2, *plan.latent) and model.factor == plan.factor
+    assert model(x).shape == x.shape
+    again = factors.fresh(plan).state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
+
+
+def test_factors_that_do_not_fit_are_refused():
+    for factor in (1, 3, 32):
+        with pytest.raises(ValueError, match=f"factor is {factor}; expected 2, 4, 8 or 16"):
+            factors.fresh(Plan(factor, 4))
+
+
+def test_the_code_taken_is_the_nearest():
+    model = small(50)
+    z = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(2))
+    numbers = model.nearest(z)
+    for b, i, j in ((0, 0, 0), (1, 4, 2), (2, 3, 5)):
+        apart = [(z[b, :, i, j] - code).norm().item() for code in model.codes]
+        assert numbers[b, i, j] == apart.index(min(apart))
+        assert torch.equal(model.look_up(numbers)[b, :, i, j], model.codes[numbers[b, i, j]])
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        z, said = model.before(x), model.encode(x)
+    assert torch.equal(said.mean, model.look_up(model.nearest(z)))
+    assert said.std.max() < 1e-6 and not torch.equal(said.mean, z)
+
+
+def test_codes_begin_where_the_encoder_puts_pictures():
+    model = small(64)
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    model.start_from(x, torch.Generator().manual_seed(4))
+    z = model.before(x).permute(0, 2, 3, 1).reshape(-1, 4).detach()
+    assert torch.cdist(model.codes.detach(), z).min(1).values.max() < 0.5 * z.std()
+    assert len(model.codes.unique(dim=0)) == 64, "two codes fell together"
+
+
+def test_the_codebooks_loss_by_hand():
+    """Straight through: to the encoder, the decoder's gradient is that of the code."""
+    model = small().double()
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5)).double() * 2 - 1
+    got, parts = factors.codebook_loss(model, {"pictures": x})
+    got.backward()
+    z = model.before(x).detach().requires_grad_()
+    code = model.look_up(model.nearest(z)).detach().requires_grad_()
+    apart, _ = recipe.distance(model.decode(code), x)
+    pull = (code.detach() - z.detach()).square().mean().item()
+    assert got.item() == pytest.approx(apart.item() + 1.25 * pull, rel=1e-5)
+    assert parts["codes"].item() == pytest.approx(pull, rel=1e-5)
+    (through,) = torch.autograd.grad(apart, code)
+    wanted = through + 0.25 * 2 * (z - code).detach() / z.numel()
+    model.zero_grad(set_to_none=False)
+    codes_before = model.codes.detach().clone()
+    model.before(x).backward(wanted)
+    by_hand = [p.grad.clone() for p in model.encoder.parameters()]
+    model.zero_grad(set_to_none=False)
+    factors.codebook_loss(model, {"pictures": x})[0].backward()
+    for one, other in zip(by_hand, model.encoder.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad, rtol=1e-9, atol=1e-12)
+    numbers = model.nearest(model.before(x).detach())
+    for k in range(8):  # a code moves towards the mean of what chose it, and nothing else
+        mine = (z.permute(0, 2, 3, 1)[numbers == k] - codes_before[k]).detach()
+        torch.testing.assert_close(
+            model.codes.grad[k], -2 * mine.sum(0) / z.numel(), rtol=1e-9, atol=1e-12
+        )
+
+
+def test_multiply_adds_of_known_layers():
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(7, 2)
+
+        def forward(self, x):
+            return self.linear(self.conv(x))
+
+    x = torch.zeros(1, 3, 4, 7)
+    assert factors.multiply_adds(Layers(), x) == 3 * 5 * 9 * 4 * 7 + 5 * 4 * 7 * 2
+    assert factors.multiply_adds(Layers(), x.repeat(3, 1, 1, 1)) == 3 * (3780 + 280)
+
+
+@pytest.mark.parametrize("plan", [Plan(16, 1), Plan(8, 2, 16)], ids=lambda plan: plan.name)
+def test_training_stops_when_its_seconds_are_spent_and_looks_on_the_way(plan, pictures):
+    look = pictures.fresh(2)[0]
+    started = time.process_time()
+    model, curve = factors.trained(plan, pictures, look, 1.2, looks=2)
+    assert time.process_time() - started > 1.2
+    assert all(point["seconds"] >= due for point, due in zip(curve, (0.6, 1.2), strict=True))
+    assert 0 < curve[0]["pictures"] <= curve[1]["pictures"] and curve[1]["pictures"] % 16 == 0
+    again = recipe.psnr(recipe.round_trip(model, look), look).mean().item()
+    assert curve[-1]["psnr"] == pytest.approx(again)
+    start = factors.fresh(plan).state_dict()
+    assert any(not torch.equal(x, start[name]) for name, x in model.state_dict().items())
+
+
+def test_training_makes_it_better(pictures):
+    look = pictures[torch.arange(8)]
+    untrained = recipe.psnr(recipe.round_trip(factors.fresh(Plan(16, 16)), look), look).mean()
+    _, curve = factors.trained(Plan(16, 16), pictures, look, 6.0, looks=1)
+    assert curve[0]["psnr"] > untrained + 2
+
+
+@pytest.mark.slow
+def test_the_whole_comparison_at_tiny_effort():
+    plans = (Plan(2, 1), Plan(8, 4, 16))
+    found = factors.autoencoders(plans, seconds=0.2, n=20, scenes=16)
+    assert [row["numbers"] for row in found["rows"]] == [32 * 32, 8 * 8 * 4]
+    assert [row["name"] for row in found["rows"]] == ["f = 2, c = 1, KL", "f = 8, c = 4, VQ 16"]
+    assert 1 <= found["rows"][1]["codes used"] <= 16 and "codes used" not in found["rows"][0]
+    assert found["ceiling"]["facts"]["value"] > 0.98
+    for row in found["rows"]:
+        assert row["psnr"]["n"] == 20 and len(row["curve"]) == 6
+        assert row["multiply_adds"] > 1e6
