@@ -133,7 +133,7 @@ class PictureAttention(MultiHead):
         self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """x (B, C, H, W), context (B, M, K), bias (B, 1, 1, M) on the context -> (B, C, H, W)."""
-        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        h = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, H*W, C), in memory too
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         if context is not None:
             k = torch.cat([self.add_k_proj(context), k], dim=1)  # (B, M + H*W, C)

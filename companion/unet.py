@@ -67,7 +67,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
         h = self.proj_in(self.norm(x))
-        h = h.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
+        h = h.flatten(2).transpose(1, 2).contiguous()  # (B, C, H, W) -> (B, H*W, C), in memory too
         h = self.transformer_blocks[0](h, context)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
