@@ -25,6 +25,7 @@ WIDTHS = (16, 32, 64, 96, 96)  # at 64 x 64, 32 x 32, …: as many as the factor
 CODES = 1024
 COMMITMENT = 0.25  # van den Oord et al. 2017 (arXiv 1711.00937), equation 3
 SECONDS = 180.0  # of one thread, for each network
+PRICES = (0.0, 1e-4, 1e-2, 1e-1, 1.0)  # weights of KL to compare, at f = 8 with 4 channels
 BATCH, LEARNING_RATE, WARMUP, EMA = 16, 2e-3, 100, 0.99
 
 
@@ -186,6 +187,31 @@ def trained(
     return average.model, curve
 
 
+@torch.no_grad()
+def cloud(model: Autoencoder, x: Tensor, off: float = 0.2) -> dict[str, Any]:
+    """What an encoder's Gaussians are like on pictures (B, 3, H, W) in [0, 1].
+
+    Returns:
+        PSNR of round trips; of latents that are ``off`` by noise of so many standard deviations of
+        the means; KL in nats for a latent value; for each channel the standard deviation of the
+        means, and the encoder's own noise.
+    """
+    said = [model.encode(2 * part - 1) for part in x.split(50)]
+    mean, noise = torch.cat([p.mean for p in said]), torch.cat([p.std for p in said])
+    g = torch.Generator().manual_seed(0)
+    moved = mean + off * mean.std() * torch.randn(mean.shape, generator=g)
+    back = [(model.decode(z).clamp(-1, 1) + 1) / 2 for m in (mean, moved) for z in m.split(50)]
+    psnr, moved_psnr = recipe.psnr(torch.cat(back), x.repeat(2, 1, 1, 1)).chunk(2)
+    return {
+        "psnr": recipe.mean_interval(psnr),
+        "off": off,
+        "psnr off": recipe.mean_interval(moved_psnr),
+        "nats": (torch.cat([p.kl() for p in said]).mean() / mean[0].numel()).item(),
+        "std": mean.std((0, 2, 3)).tolist(),
+        "noise": noise.square().mean((0, 2, 3)).sqrt().tolist(),
+    }
+
+
 def multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
     """Multiplications (each with its addition) of convolutions, linear layers and attention.
 
@@ -206,7 +232,11 @@ def multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
     needs=("judge",),
 )
 def autoencoders(
-    plans: Sequence[Plan] = PLANS, seconds: float = SECONDS, n: int = 500, scenes: int = 4000
+    plans: Sequence[Plan] = PLANS,
+    prices: Sequence[float] = PRICES,
+    seconds: float = SECONDS,
+    n: int = 500,
+    scenes: int = 4000,
 ) -> dict[str, Any]:
     """Chapter 11's comparison."""
     pictures = recipe.Pictures(n=scenes)
@@ -238,6 +268,10 @@ def autoencoders(
                 used = model.nearest(model.before(2 * x - 1)).unique().numel()
             rows[-1]["codes used"] = used
     ceiling = recipe.facts_right(x, truth)
+    paid = []
+    for price in prices:
+        model, curve = trained(Plan(8, 4), pictures, x[:1], seconds / 2, looks=1, kl_weight=price)
+        paid.append({"kl_weight": price, "pictures": curve[-1]["pictures"], **cloud(model, x)})
     return {
         "seconds": seconds,
         "scenes": scenes,
@@ -245,4 +279,5 @@ def autoencoders(
         "precision": "bf16",
         "ceiling": ceiling,
         "rows": rows,
+        "prices": paid,
     }

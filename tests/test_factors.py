@@ -1,5 +1,6 @@
 """Chapter 11's comparison of autoencoders: its parts by hand, and the whole at tiny effort."""
 
+import math
 import time
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from companion import factors
+from companion.autoencoder import Posterior
 from companion.factors import CodebookAutoencoder, Plan
 from companion.recipes import autoencoder as recipe
 
@@ -131,10 +133,37 @@ def test_training_makes_it_better(pictures):
     assert curve[0]["psnr"] > untrained + 2
 
 
+def test_the_cloud_of_a_known_encoder():
+    """A picture's first four pixel blocks as latents, with a noise and a decoder that are known."""
+
+    class Known:
+        def encode(self, x):
+            mean = torch.stack([(c + 1) * x[:, 0, ::8, ::8] for c in range(4)], 1)  # (B, 4, 8, 8)
+            return Posterior(mean, torch.full_like(mean, 2 * math.log(0.5)))
+
+        def decode(self, z):
+            return z[:, :1].repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+
+    g = torch.Generator().manual_seed(8)
+    blocks = torch.rand(60, 1, 8, 8, generator=g).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    x = 0.3 + 0.4 * blocks.expand(-1, 3, -1, -1)
+    found = factors.cloud(Known(), x, off=0.05)
+    std = 2 * 0.4 / math.sqrt(12)  # of a uniform number, in [-1, 1]
+    assert found["std"] == pytest.approx([std * (c + 1) for c in range(4)], rel=0.03)
+    assert found["noise"] == pytest.approx([0.5] * 4)
+    square = torch.tensor([(std * (c + 1)) ** 2 for c in range(4)]).mean().item()  # means are 0
+    nats = 0.5 * (square + 0.25 - 1 - math.log(0.25))
+    assert found["nats"] == pytest.approx(nats, rel=0.05)
+    assert found["psnr"]["value"] == pytest.approx(120)  # there and back without a loss
+    error = 0.05 * math.sqrt(square) / 2  # in [0, 1]
+    assert found["psnr off"]["value"] == pytest.approx(-20 * math.log10(error), abs=0.2)
+
+
 @pytest.mark.slow
 def test_the_whole_comparison_at_tiny_effort():
     plans = (Plan(2, 1), Plan(8, 4, 16))
-    found = factors.autoencoders(plans, seconds=0.2, n=20, scenes=16)
+    found = factors.autoencoders(plans, prices=(0.0, 1.0), seconds=0.2, n=20, scenes=16)
+    assert [row["kl_weight"] for row in found["prices"]] == [0.0, 1.0]
     assert [row["numbers"] for row in found["rows"]] == [32 * 32, 8 * 8 * 4]
     assert [row["name"] for row in found["rows"]] == ["f = 2, c = 1, KL", "f = 8, c = 4, VQ 16"]
     assert 1 <= found["rows"][1]["codes used"] <= 16 and "codes used" not in found["rows"][0]
