@@ -19,16 +19,15 @@ from companion.clip import CLIP, MEAN, STD
 from companion.preparation import scaled
 from companion.prior import Prior, TextProjection
 from companion.prior_ar import ARPrior
+from companion.recipes import RECIPES, encoded, noised, priors, upsamplers
 from companion.recipes import decoder as decoders
-from companion.recipes import encoded, noised, priors, upsamplers
 from companion.recipes.decoder import Decoder
 from companion.recipes.encoded import Encoded, FrozenCLIP
 from companion.storybook import KINDS, PLACES, SKIES, Facts, is_held_out, parse, render, sample
 from companion.tokenizer import Tokenizer
 from companion.train import Recipe, build, draw, train
 
-FAMILIES = (priors, decoders, upsamplers, noised)
-RECIPES: dict[str, Recipe] = {r.name: r for family in FAMILIES for r in family.RECIPES}
+MINE = [r.name for family in (priors, decoders, upsamplers, noised) for r in family.RECIPES]
 ON_CLIP = ("prior", "prior-ar", "decoder")
 
 
@@ -616,7 +615,7 @@ def test_every_tenth_picture_of_a_folder_is_kept_for_the_score(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("name", MINE)
 def test_a_reader_trains_on_a_folder(name, folder, tmp_path):
     """Two steps, sample pictures, a score, a folder that opens, and the same again."""
     recipe = RECIPES[name]

@@ -16,7 +16,7 @@ WIDTH, CONTEXT = 32, 40
 
 
 def write(weights: Path) -> Path:
-    """``weights/clip`` as the recipe would write it, and the shipped judge beside it."""
+    """``weights/clip`` as the recipe would write it, and whatever else is shipped beside it."""
     g = torch.Generator().manual_seed(0)
     captions = [spoken(scene, g)[1] for scene in sample(300, g)]
     tokenizer = Tokenizer.train(captions, 640, CONTEXT)
@@ -45,5 +45,7 @@ def write(weights: Path) -> Path:
     CLIP.fresh(CLIPConfig(text, vision, WIDTH), g).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Preparation.usual(64).save_pretrained(folder)
-    shutil.copytree(checkpoints.WEIGHTS / "judge", weights / "judge")
+    for shipped in checkpoints.WEIGHTS.iterdir():
+        if shipped.is_dir() and shipped.name != "clip":
+            shutil.copytree(shipped, weights / shipped.name)
     return weights

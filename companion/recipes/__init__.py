@@ -4,12 +4,21 @@
 Each module holds a family of recipes, in a tuple of its own called ``RECIPES``.
 """
 
-from companion.recipes import autoencoder, clip, digits, judges
+from companion.recipes import (
+    autoencoder,
+    clip,
+    decoder,
+    digits,
+    judges,
+    noised,
+    priors,
+    upsamplers,
+)
 from companion.recipes.digits import DigitClassifier, DigitClassifierConfig, Labelled, draw_digits
 from companion.recipes.judges import Captioned
 from companion.train import Recipe
 
-FAMILIES = (judges, digits, autoencoder, clip)
+FAMILIES = (judges, digits, autoencoder, clip, priors, decoder, upsamplers, noised)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe for family in FAMILIES for recipe in family.RECIPES

@@ -140,7 +140,8 @@ def loss(
     nothing = model.text_proj.no_image(len(x0))
     place = torch.where(batch["no picture"][:, None], nothing, batch["embedding"])
     x_t = schedule.add_noise(x0, noise, t)
-    answer, fraction = model(x_t, t, place, batch["text"], batch["states"], batch["mask"])
+    told = place, batch["text"], batch["states"], batch["mask"]
+    answer, fraction = (x.to(x0.dtype) for x in model(x_t, t, *told))  # half, in mixed precision
     total = diffusion.hybrid_loss(answer, fraction, x0, noise, t, schedule)
     return total, {"simple": diffusion.simple_loss(answer.detach(), noise)}
 

@@ -65,7 +65,7 @@ def diffusion_loss(
     x0 = model.rescale(batch["embedding"])
     x_t = Schedule.cosine().add_noise(x0, batch["noise"], batch["t"])
     answer = model(x_t, batch["t"], batch["text"], batch["states"], batch["mask"])
-    return diffusion.simple_loss(answer, x0), {}
+    return diffusion.simple_loss(answer.to(x0.dtype), x0), {}  # half, in mixed precision
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def ar_loss(
     dot = torch.where(empty, model.config.dots, dot)
     logits = model(batch["text"], batch["states"], batch["mask"], dot, codes)
     right = (logits.argmax(-1) == codes).float().mean()
-    return F.cross_entropy(logits.flatten(0, 1), codes.flatten()), {"right": right}
+    return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten()), {"right": right}
 
 
 def draw_by_tokens(

@@ -136,7 +136,7 @@ def loss(
     """L_simple on the cosine schedule; the enlarged small picture lies under the noisy one."""
     x_t = Schedule.cosine().add_noise(batch["x0"], batch["noise"], batch["t"])
     answer = model(torch.cat([x_t, batch["condition"]], dim=1), batch["t"])
-    return diffusion.simple_loss(answer, batch["noise"]), {}
+    return diffusion.simple_loss(answer.to(x_t.dtype), batch["noise"]), {}  # half, if mixed
 
 
 # --- drawing and scoring --------------------------------------------------------------------------
