@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from companion import errors
 from companion.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from companion.measure import measurement
+from companion.muon import Muon
 from companion.recipes import autoencoder as recipe
 from companion.train import Average, generator
 
@@ -26,7 +27,7 @@ CODES = 1024
 COMMITMENT = 0.25  # van den Oord et al. 2017 (arXiv 1711.00937), equation 3
 SECONDS = 180.0  # of one thread, for each network
 PRICES = (0.0, 1e-4, 1e-2, 1e-1, 1.0)  # weights of KL to compare, at f = 8 with 4 channels
-BATCH, LEARNING_RATE, WARMUP, EMA = 16, 2e-3, 100, 0.99
+BATCH, LEARNING_RATE, WARMUP, EMA = 16, 3e-3, 50, 0.99
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,7 @@ def trained(
     """
     model = fresh(plan, seed)
     average = Average(model, EMA)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0
-    )
+    optimiser = Muon(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), dtype=torch.bfloat16)
     curve: list[dict[str, float]] = []
     spent, step = 0.0, 0
     while len(curve) < looks:

@@ -43,9 +43,11 @@ from torch import Tensor, nn
 from companion import checkpoints, errors
 from companion.checkpoints import CheckpointError
 from companion.data import ImageFolder
+from companion.muon import Muon
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECAYS = ("constant", "cosine", "linear", "late")
+OPTIMISERS = ("adamw", "muon")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -72,13 +74,15 @@ class Recipe:
             to log. It draws nothing.
         steps: Optimiser steps.
         batch_size: Samples a step, over all processes.
-        learning_rate: Of AdamW, after ``warmup`` steps.
+        learning_rate: Of the optimiser, after ``warmup`` steps.
         minutes: How long it takes on two CPU cores.
         warmup: Steps over which the learning rate rises from 0, linearly.
         decay: How it falls afterwards, to 0 at the end: "constant" (not at all), "cosine",
             "linear", or "late" (linearly, over the last fifth of all steps only).
         betas: AdamW's.
-        weight_decay: AdamW's; applied to matrices and kernels, not to biases, gains and scales.
+        optimiser: "adamw", or "muon" (:class:`companion.muon.Muon`), which learns networks of large
+            kernels from fewer pictures.
+        weight_decay: The optimiser's; for matrices and kernels, not for biases, gains and scales.
         clip: Largest norm of the gradient, or None.
         ema: Decay of the weights' moving average, which is what gets used, or None for none.
         seed: Of everything.
@@ -111,6 +115,7 @@ class Recipe:
     minutes: float
     warmup: int = 0
     decay: str = "constant"
+    optimiser: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float | None = 1.0
@@ -137,6 +142,7 @@ class Recipe:
         errors.number("seed", self.seed, 0, 2**63 - 1, integer=True)
         errors.number("weight_decay", self.weight_decay, 0)
         errors.one_of("decay", self.decay, DECAYS)
+        errors.one_of("optimiser", self.optimiser, OPTIMISERS)
         errors.one_of("dtype", self.dtype, ("float32", "float16"))
         if self.clip is not None:
             errors.number("clip", self.clip, 0)
@@ -464,7 +470,7 @@ class _Run:
                 self.data.to(self.device)
             self.model = build(recipe, self.data)
             self.average = Average(self.model.to(self.device), recipe.ema)
-            self.optimiser = _optimiser(recipe, self.model)
+            self.optimiser = _optimiser(recipe, self.model, self.precision)
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
             self.model.train()
             if saved:
@@ -617,6 +623,7 @@ class _Run:
         plan["data"] = None if self.folder is None else self.folder.resolve().name
         plan["samples"] = len(self.data) if hasattr(self.data, "__len__") else None
         plan["precision"] = self.precision
+        plan["optimiser"] = self.recipe.optimiser
         return json.loads(json.dumps(plan))
 
     def _check_plan(self, saved: Path, notes: dict[str, str], threads: int | None) -> int | None:
@@ -627,7 +634,7 @@ class _Run:
         run = json.loads(notes["run"])
         self.step, self.seconds = run["step"], run["seconds"]
         for key, now in self._plan().items():
-            then = run["plan"].get(key)
+            then = run["plan"].get(key, "adamw" if key == "optimiser" else None)  # older runs
             if now != then and not (key == "steps" and self._so_far_the_same(then)):
                 raise ValueError(
                     f"the run in {self.out} has {key} = {then!r}, now it is {now!r}: resumed so, it"
@@ -817,15 +824,18 @@ class _Run:
                 signal.signal(s, handler)
 
 
-def _optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def _optimiser(recipe: Recipe, model: nn.Module, precision: str = "fp32") -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=recipe.learning_rate, betas=recipe.betas
-    )
+    groups = [group for group in groups if group["params"]]
+    rate, betas = recipe.learning_rate, recipe.betas
+    if recipe.optimiser == "muon":
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return Muon(groups, lr=rate, betas=betas, dtype=dtype)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ FLOORS = {
     },
     "side doors": {
         "__main__", "bench", "contest", "exercises", "factors", "judge", "matching", "measure",
-        "notebooks", "prompts", "recipes", "scores", "show", "train", "widgets",
+        "muon", "notebooks", "prompts", "recipes", "scores", "show", "train", "widgets",
     },
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS.values()) for room in rooms}
