@@ -12,15 +12,13 @@ from torch.nn import functional as F
 from companion import data
 from companion.clip import (
     CLIP,
-    MEAN,
-    STD,
     CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     contrastive_loss,
     normalise,
 )
-from companion.dalle2 import Preparation
+from companion.preparation import Preparation
 from companion.scores import interval
 from companion.storybook import (
     COLOURS,
@@ -104,21 +102,7 @@ class Pairs:
     def write_beside(self, folder: Path) -> None:
         """The tokenizer and how to prepare a picture, where stock libraries look for them."""
         self.tokenizer.save_pretrained(folder)
-        preparation = {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": SIZE},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": SIZE, "width": SIZE},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(MEAN),
-            "image_std": list(STD),
-        }
-        Preparation(preparation).save_pretrained(folder)
+        Preparation.usual(SIZE).save_pretrained(folder)
 
 
 def neighbours(scenes: Sequence[Scene]) -> list[Scene]:
