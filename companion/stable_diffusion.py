@@ -244,6 +244,7 @@ class StableDiffusion(System):
 
     # --- words and pictures in, pictures out -----------------------------------------------------
 
+    @torch.no_grad()
     def encode_prompts(
         self,
         texts: list[str],
@@ -266,6 +267,7 @@ class StableDiffusion(System):
             both.append(self.text_encoder(ids).states.repeat_interleave(each, dim=0))
         return both[0], both[1]
 
+    @torch.no_grad()
     def encode_picture_prompts(self, pictures: Tensor, each: int = 1) -> Tensor:
         """Square pictures in [0, 1] to the states of CLIP's picture tower, (B, 1 + patches, K)."""
         tower = self.image_encoder.vision_model
@@ -275,6 +277,7 @@ class StableDiffusion(System):
         # Trap: CLIP itself norms only the first one, which it compares. Bare, they are of any size.
         return tower.post_layernorm(states).repeat_interleave(each, dim=0)
 
+    @torch.no_grad()
     def encode(self, pictures: Tensor, source: Generators, count: int) -> Tensor:
         """Pictures (1 or B, 3, H, W) in [-1, 1] to scaled latents, a sample each, (B, 4, …)."""
         own = self.vae.quant_conv.weight.dtype
@@ -287,6 +290,7 @@ class StableDiffusion(System):
         z = torch.cat(z).to(self.dtype) * self.vae.config.scaling_factor
         return z.expand(count, -1, -1, -1)
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, H/f, W/f) to pictures about in [-1, 1], not clamped."""
         own = self.vae.quant_conv.weight.dtype

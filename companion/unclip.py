@@ -68,6 +68,7 @@ class UnCLIP(System):
     text_proj: TextProjection
     tokenizer: Tokenizer
 
+    @torch.no_grad()
     def encode_prompts(self, texts: list[str], each: int = 1, truncate: bool = False) -> Words:
         """Captions to what prior and decoder are told, ``each`` times each."""
         tokens = self.tokenizer(texts, truncate)
@@ -75,6 +76,7 @@ class UnCLIP(System):
         parts = x.embedding.to(self.dtype), x.states.to(self.dtype), tokens.mask.to(self.device)
         return Words(*parts).each(each)
 
+    @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
         """Square pictures in [0, 1] to their places in CLIP's space, (B, D), not normalised."""
         ready = self.feature_extractor(image, self.image_encoder.config.image_size)

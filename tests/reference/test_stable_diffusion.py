@@ -12,15 +12,19 @@ import torch
 
 import companion
 from companion.checkpoints import CheckpointError
+from companion.clip import CLIPVisionConfig, CLIPVisionProjected, normalise
 from companion.stable_diffusion import StableDiffusion
 from reference import published
 from reference.oracle import TOLERANCE, distance
 from reference.systems import (
     CAPTIONS,
+    KARLO,
+    KARLO_EYE,
     SCHEDULERS,
     SD,
     SD_INDEX,
     SD_SCHEDULER,
+    build,
     corrupt,
     perturb,
     pipelines,
@@ -313,6 +317,149 @@ def test_paste_leaves_what_is_not_masked_untouched(ours, channels):
     assert torch.equal(pasted[kept], picture(1)[kept])
     assert torch.equal(pasted[~kept], plain[~kept])
     assert (plain[kept] - picture(1)[kept]).abs().max() > 0.01, "else pasting proves nothing"
+
+
+# --- what a picture shows, instead of words ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eye(s):
+    """Stock's picture encoder, as wide as the U-Net's context."""
+    config = KARLO["image_encoder"] | {"hidden_size": 24, "num_attention_heads": 3}
+    return build(s.CLIPVisionModelWithProjection, config, 4)
+
+
+@pytest.fixture(scope="module")
+def seeing(s, folders, eye, tmp_path_factory):
+    """A folder with a picture encoder, as stock's own pipeline saves it, and ours from it."""
+    root, parts = folders[4]
+    folder = tmp_path_factory.mktemp("seeing")
+    with quiet():
+        s.StableDiffusionPipeline(
+            **parts,
+            tokenizer=s.CLIPTokenizer.from_pretrained(root / "tokenizer"),
+            scheduler=s.DDIMScheduler.from_config(SD_SCHEDULER),
+            safety_checker=None,
+            feature_extractor=s.CLIPImageProcessor(**KARLO_EYE),
+            image_encoder=eye,
+            requires_safety_checker=False,
+        ).save_pretrained(folder)
+    return folder, StableDiffusion.from_pretrained(folder, dtype=torch.float64)
+
+
+@torch.no_grad()
+def by_hand(s, parts, eye, root, pictures, z, scale, negative=""):
+    """Steps of stock's own modules; the null condition is the text's, so it is asked apart."""
+    words = s.CLIPTokenizer.from_pretrained(root / "tokenizer")
+    ids = words([negative], padding="max_length", max_length=18, return_tensors="pt").input_ids
+    null = parts["text_encoder"](ids)[0].expand(len(z), -1, -1)
+    vision = eye.vision_model
+    states = vision(pixel_values=normalise(pictures)).last_hidden_state
+    context = vision.post_layernorm(states)  # (B, 1 + 4, 24)
+    assert context.shape == (len(z), 5, 24) and null.shape == (len(z), 18, 24)
+    scheduler = s.DDIMScheduler.from_config(SD_SCHEDULER)
+    scheduler.set_timesteps(5)
+    seen = []
+    for t in scheduler.timesteps:
+        seen.append(z)
+        answer = parts["unet"](z, t, context).sample
+        if scale > 1:
+            nothing = parts["unet"](z, t, null).sample
+            answer = nothing + scale * (answer - nothing)
+        z = scheduler.step(answer, t, z).prev_sample
+    decoded = parts["vae"].decode(z / parts["vae"].config.scaling_factor).sample
+    return seen[1:] + [z], z, decoded, (decoded / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("how", [{}, {"guidance_scale": 1.0}, {"negative_prompt": "snow"}], ids=str)
+def test_a_picture_instead_of_words(s, wide, folders, eye, seeing, how):
+    z = torch.randn(2, 4, 4, 4, generator=gen(), dtype=torch.float64)
+    root, parts = folders[4]
+    a = run_ours(seeing[1], None, image_prompt=picture(1, 2, 28, 28), latents=z, **how)
+    scale, negative = how.get("guidance_scale", 3.0), how.get("negative_prompt", "")
+    same(a, by_hand(s, parts, eye, root, picture(1, 2, 28, 28), z, scale, negative))
+
+
+def test_picture_and_null_may_be_equally_long(seeing, monkeypatch):
+    """Asked in one evaluation or in two, the answers are the same."""
+    pipe = seeing[1]
+    g = gen()
+    given, null = torch.randn(2, 2, 7, 24, generator=g, dtype=torch.float64)
+    x, t = torch.randn(2, 4, 4, 4, generator=g, dtype=torch.float64), torch.tensor([500, 500])
+    together = pipe._guided(given, null, None, 3.0)(x, t)
+    longer = pipe._guided(torch.cat([given, given], 1), null, None, 3.0)(x, t)
+    assert distance(together, longer) < TOLERANCE, "a token twice is looked at twice as often"
+
+
+def test_every_patch_of_the_picture_reaches_the_unet(seeing, monkeypatch):
+    pipe, seen = seeing[1], []
+    forward = pipe.unet.forward
+    monkeypatch.setattr(pipe.unet, "forward", lambda x, t, c: (seen.append(c), forward(x, t, c))[1])
+    image = picture(1, 1, 28, 28)
+    how = {"steps": 2, "seed": 1, "guidance_scale": 1.0}
+    before = pipe(image_prompt=image, **how)
+    assert [c.shape for c in seen] == [(1, 5, 24)] * 2
+    for i in range(2):
+        for j in range(2):
+            other = image.clone()
+            other[:, :, 14 * i : 14 * i + 14, 14 * j : 14 * j + 14].mul_(0.5)
+            assert (pipe(image_prompt=other, **how) - before).abs().max() > 1e-4
+    assert (pipe("", **how) - before).abs().max() > 1e-4
+
+
+def test_a_picture_prompt_goes_with_everything_else(seeing):
+    pipe = seeing[1]
+    how = {"steps": 3, "seed": 1, "image": picture(2), "strength": 0.7}
+    one, two = (pipe(image_prompt=picture(i, 1, 28, 28), **how) for i in (1, 3))
+    assert distance(one, two) > 1e-4
+    pasted = pipe(image_prompt=picture(1, 1, 28, 28), mask=mask_of(), paste=True, **how)
+    kept = (mask_of() < 0.5).expand_as(pasted)
+    assert torch.equal(pasted[kept], picture(2)[kept])
+    several = pipe(image_prompt=picture(1, 2, 56, 56), steps=2, seed=1, num_images_per_prompt=2)
+    assert several.shape == (4, 3, 32, 32), "of any size, several of each"
+
+
+def test_a_folder_with_a_picture_encoder_goes_both_ways(s, wide, seeing, tmp_path):
+    """What we save opens in stock, which keeps the encoder and draws from words as before."""
+    pipe = opened(s, seeing[1].save_pretrained(tmp_path))
+    assert type(pipe.image_encoder).__name__ == "CLIPVisionModelWithProjection"
+    assert type(pipe.feature_extractor).__name__.startswith("CLIPImageProcessor")
+    b = run_stock(pipe, CAPTIONS[:2], generator=gen())
+    same(run_ours(seeing[1], CAPTIONS[:2], generator=gen()), b)
+    again = StableDiffusion.from_pretrained(tmp_path, dtype=torch.float64)
+    how = {"image_prompt": picture(1, 1, 28, 28), "steps": 2, "seed": 1}
+    assert torch.equal(again(**how), seeing[1](**how))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"prompt": "a house"}, "leave prompt out"),
+        ({"image_prompt": picture(1, 1, 28, 20)}, "image_prompt has shape"),
+        ({"image_prompt": picture(1, 1, 28, 28) + 1}, "image_prompt runs from"),
+        ({"guidance_scale": 1.0, "negative_prompt": "x"}, "negative_prompt does nothing"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else ", ".join(x),
+)
+def test_bad_picture_prompts_are_refused(seeing, how, said):
+    with pytest.raises(ValueError, match=said):
+        seeing[1](**{"image_prompt": picture(1, 1, 28, 28), "steps": 2} | how)
+
+
+def test_unets_that_cannot_look_at_pictures_say_so(ours, seeing, s):
+    with pytest.raises(ValueError, match="this folder has no image_encoder"):
+        ours[4](image_prompt=picture(1, 1, 28, 28))
+    parts = {n: getattr(seeing[1], n) for n in StableDiffusion.parts}
+    wide_eye = CLIPVisionProjected(
+        CLIPVisionConfig(image_size=28, patch_size=14, hidden_size=36, num_attention_heads=3,
+                         num_hidden_layers=1)
+    )  # fmt: skip
+    pipe = StableDiffusion(**parts | {"image_encoder": wide_eye.double()})
+    assert pipe(CAPTIONS[0], steps=2, seed=1).shape == (1, 3, 32, 32), "words still do"
+    with pytest.raises(ValueError, match="width 24, the picture encoder makes 36"):
+        pipe(image_prompt=picture(1, 1, 28, 28))
+    with pytest.raises(ValueError, match="go together"):
+        StableDiffusion(**parts | {"feature_extractor": None})
 
 
 # --- each part counts ----------------------------------------------------------------------------
