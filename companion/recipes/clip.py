@@ -30,6 +30,7 @@ from companion.storybook import (
     Scene,
     ThingFacts,
     caption,
+    is_held_out,
     render,
     sample,
     write,
@@ -39,6 +40,7 @@ from companion.train import Recipe, pick
 
 SIZE, WIDTH = 64, 128  # pixels; width of both towers and of the common space
 CONTEXT = 40  # pieces: the longest caption that Storybook can write, start and end included
+COLOURS_SHARED_FROM = 64_000  # pictures: by then sky, place and colours are known, kinds are not
 SHARPEST = 100.0  # 1 / temperature goes no further (CLIP, section 2.5)
 
 
@@ -83,7 +85,8 @@ class Pairs:
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures, captions, and what it takes to know which caption is true of which picture."""
         if self.rows is None:
-            scenes = neighbours(sample(len(indices), generator))
+            late = bool(indices[0] >= COLOURS_SHARED_FROM)
+            scenes = neighbours(sample(len(indices), generator), share_colours=late)
             told = [spoken(scene, generator) for scene in scenes]
             return {
                 "pixels": normalise(render(scenes, SIZE)),
@@ -105,16 +108,31 @@ class Pairs:
         Preparation.usual(SIZE).save_pretrained(folder)
 
 
-def neighbours(scenes: Sequence[Scene]) -> list[Scene]:
+def neighbours(scenes: Sequence[Scene], share_colours: bool) -> list[Scene]:
     """The first half of the scenes moved to the place of the first one, under its sky.
 
-    Only their things tell them apart then, and a network that is asked to tell them apart has to
-    look at things. In CLIP's batch of 32,768 every picture meets many that are like it; in one of
-    64 scenes, of which two share its view, sky and place are nearly always enough.
+    Only their things tell them apart then, and with ``share_colours`` only kinds and positions: a
+    network that is asked to tell them apart has to look at things. In CLIP's batch of 32,768 every
+    picture meets many that are so like it. Of 64 scenes two share its view, and sky and place are
+    nearly always enough.
+
+    Args:
+        scenes: Drawn by lot.
+        share_colours: Whether the first of two things has the same colour in all of them, and the
+            second; but none gets a colour that is held out for its kind.
     """
     half, first = len(scenes) // 2, scenes[0]
     moved = [replace(first, things=scene.things, seed=scene.seed) for scene in scenes[:half]]
+    palettes = [[thing.colour for thing in s.things] for s in moved if len(s.things) == 2]
+    if share_colours and palettes:
+        moved = [_painted(scene, palettes[0]) for scene in moved]
     return [*moved, *scenes[half:]]
+
+
+def _painted(scene: Scene, palette: Sequence[str]) -> Scene:
+    things = zip(scene.things, palette, strict=False)
+    painted = replace(scene, things=tuple(replace(thing, colour=c) for thing, c in things))
+    return scene if is_held_out(painted) else painted
 
 
 def spoken(scene: Scene, generator: torch.Generator) -> tuple[Facts, str]:
