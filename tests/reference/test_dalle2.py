@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.spatial import geometric_slerp
 
 import companion
+from companion.adm import ADMUNet
 from companion.checkpoints import CheckpointError
 from companion.clip import normalise
 from companion.dalle2 import DALLE2
@@ -14,7 +17,9 @@ from companion.schedule import Schedule
 from reference.oracle import TOLERANCE, distance
 from reference.systems import (
     CAPTIONS,
+    KARLO,
     KARLO_SCHEDULERS,
+    build,
     corrupt,
     karlo,
     perturb,
@@ -253,6 +258,231 @@ def test_pictures_of_another_size_are_scaled(ours):
     assert apart < 0.05 * pipe.encode_image(there).abs().max()
     with pytest.raises(ValueError, match="image has shape"):
         pipe.variations(picture(1)[:, :, :20])
+
+
+# --- between pictures, and told in words ---------------------------------------------------------
+
+
+@torch.no_grad()
+def decoder_by_hand(pipe, z, scale):
+    """What stock's own modules say of the noise in small pictures, at places z, told nothing."""
+    n = len(z)
+    pooled, states, mask = pipe._encode_prompt([""] * n, "cpu", 1, scale > 1)
+    context, added = pipe.text_proj(
+        image_embeddings=z, prompt_embeds=pooled, text_encoder_hidden_states=states,
+        do_classifier_free_guidance=scale > 1,
+    )  # fmt: skip
+    mask = torch.nn.functional.pad(mask, (4, 0), value=True)
+
+    @torch.no_grad()
+    def noise_in(x, t):
+        answer = pipe.decoder(
+            torch.cat([x] * (2 if scale > 1 else 1)), t, encoder_hidden_states=context,
+            class_labels=added, attention_mask=mask,
+        ).sample[:, :3]  # fmt: skip
+        if scale > 1:
+            null, given = answer.chunk(2)
+            answer = null + scale * (given - null)
+        return answer
+
+    return noise_in
+
+
+ABAR = Schedule.cosine().alphas_cumprod
+
+
+def ddim_by_hand(noise_in, x, timesteps):
+    """DDIM eq. 12 with eta 0 and clean pictures clipped, as ADM's code steps."""
+    for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
+        a, b = ABAR[t], torch.tensor(1.0) if after is None else ABAR[after]
+        clean = ((x - (1 - a).sqrt() * noise_in(x, t)) / a.sqrt()).clamp(-1, 1)
+        x = b.sqrt() * clean + (1 - b).sqrt() * (x - a.sqrt() * clean) / (1 - a).sqrt()
+    return x
+
+
+@torch.no_grad()
+def enlarge_by_hand(pipe, small, noise, timesteps):
+    blurred = torch.nn.functional.interpolate(
+        small.clamp(-1, 1), (32, 32), mode="bicubic", align_corners=False, antialias=True
+    )
+
+    def noise_in(x, t):
+        unet = pipe.super_res_last if t == timesteps[-1] else pipe.super_res_first
+        return unet(torch.cat([x, blurred], 1), t).sample
+
+    return ddim_by_hand(noise_in, noise, timesteps)
+
+
+def places(pipe, pictures):
+    with torch.no_grad():
+        return pipe.image_encoder(normalise(pictures)).image_embeds
+
+
+def turned(a, b, shares):
+    """scipy's arc between directions; lengths in a straight line."""
+    lengths = [x.norm().item() for x in (a, b)]
+    arc = geometric_slerp(*(x.numpy()[0] / n for x, n in zip((a, b), lengths, strict=True)), shares)
+    return torch.from_numpy(arc * [[(1 - s) * lengths[0] + s * lengths[1]] for s in shares])
+
+
+def test_interpolation_by_stocks_modules(theirs, ours):
+    mine, stock = ours["images"], theirs["images"]
+    a, b = picture(1), picture(2)
+    got = run_ours(mine.interpolate, mine, a, b, 3, steps=(4, 3), guidance_scale=2.0, seed=3)
+    g = gen()
+    noise = [torch.randn(1, 3, n, n, generator=g, dtype=torch.float64) for n in (16, 32)]
+    z = turned(places(stock, a), places(stock, b), [0, 0.5, 1])
+    x = noise[0].expand(3, -1, -1, -1)
+    x = ddim_by_hand(decoder_by_hand(stock, z, 2.0), x, [999, 666, 333, 0])
+    x = enlarge_by_hand(stock, x, noise[1].expand(3, -1, -1, -1), [999, 500, 0])
+    assert distance(got[1], x) < TOLERANCE
+    assert distance(got[1][0], got[1][2]) > 1e-3, "two pictures, two places"
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_inversion_by_stocks_modules(theirs, ours, scale):
+    """From the clean end: each step asks where it comes from, then where that leads."""
+    image = picture(1, 2)
+    z, x_T = ours["images"].invert(image, steps=4, guidance_scale=scale)
+    assert distance(z, places(theirs["images"], image)) < TOLERANCE
+    noise_in = decoder_by_hand(theirs["images"], z, scale)
+    x = torch.nn.functional.interpolate(
+        image, (16, 16), mode="bicubic", align_corners=False, antialias=True
+    )
+    x = 2 * x.clamp(0, 1) - 1
+    before = torch.tensor(1.0)
+    for t in (0, 250, 500, 750):
+        guess = x
+        for _ in range(2):
+            noise = noise_in(guess, t)
+            clean = (x - (1 - before).sqrt() * noise) / before.sqrt()
+            guess = ABAR[t].sqrt() * clean + (1 - ABAR[t]).sqrt() * noise
+        x, before = guess, ABAR[t]
+    assert distance(x_T, x) < TOLERANCE
+
+
+def test_text_diffs_by_stocks_modules(theirs, ours):
+    mine, stock = ours["images"], theirs["images"]
+    image, x_T = picture(1), torch.randn(1, 3, 16, 16, generator=gen(9), dtype=torch.float64)
+    got = run_ours(
+        mine.text_diff, mine, image, *CAPTIONS[:2], 3, theta=0.4, steps=(4, 3), seed=3,
+        latents=(x_T, None),
+    )  # fmt: skip
+    with torch.no_grad(), quiet():
+        said = [stock._encode_prompt([c], "cpu", 1, False)[0] for c in CAPTIONS[:2]]
+    change = said[1] / said[1].norm() - said[0] / said[0].norm()
+    z = places(stock, image)
+    z = turned(z, change / change.norm() * z.norm(), [0, 0.2, 0.4])
+    x = x_T.expand(3, -1, -1, -1)
+    x = ddim_by_hand(decoder_by_hand(stock, z, 1.0), x, [750, 500, 250, 0])
+    noise = torch.randn(1, 3, 32, 32, generator=gen(), dtype=torch.float64)
+    x = enlarge_by_hand(stock, x, noise.expand(3, -1, -1, -1), [999, 500, 0])
+    assert distance(got[1], x) < TOLERANCE
+    assert distance(got[1][0], got[1][2]) > 1e-3, "the words moved it"
+
+
+# --- one folder for everything -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(s, ours, tmp_path_factory):
+    """Words and pictures in, and a second upsampler, in one folder that we wrote."""
+    config = KARLO["super_res_first"] | {"block_out_channels": [32, 64], "sample_size": 64}
+    config |= {
+        "down_block_types": ["ResnetDownsampleBlock2D"] * 2,
+        "up_block_types": ["ResnetUpsampleBlock2D"] * 2,
+    }
+    second = build(s.UNet2DModel, config, 19)
+    folder = tmp_path_factory.mktemp("second")
+    with quiet():
+        second.save_pretrained(folder)
+    eye = ("image_encoder", "feature_extractor")
+    parts = {n: getattr(ours["texts"], n) for n in DALLE2.parts if n not in eye}
+    parts |= {n: getattr(ours["images"], n) for n in eye} | {
+        "super_res_second": ADMUNet.from_pretrained(folder, dtype=torch.float64),
+        "super_res_second_scheduler": ours["texts"].super_res_scheduler,
+    }
+    root = DALLE2(**parts).save_pretrained(tmp_path_factory.mktemp("whole"))
+    return root, DALLE2.from_pretrained(root, dtype=torch.float64), second
+
+
+def test_one_folder_opens_in_both_stock_pipelines(s, whole):
+    """Each takes what it knows and draws what ours draws, without the second upsampler."""
+    root, mine, _ = whole
+    index = json.loads((root / "model_index.json").read_text())
+    assert index["_class_name"] == "UnCLIPPipeline"
+    assert index["super_res_second"] == ["diffusers", "UNet2DModel"]
+    assert DALLE2.check(root) == []
+    short = DALLE2(**{n: getattr(mine, n) for n in DALLE2.parts if "second" not in n})
+    b = run_stock(opened(s, root), prompt=CAPTIONS[0], generator=gen())
+    same(run_ours(short, short, CAPTIONS[0], generator=gen()), b)
+    pipe = opened(s, root, "UnCLIPImageVariationPipeline")
+    b = run_stock(pipe, (4, 3), image=normalise(picture(1)), generator=gen())
+    same(run_ours(short.variations, short, picture(1), steps=(4, 3), generator=gen()), b)
+
+
+@torch.no_grad()
+def test_the_second_upsampler_by_stocks_modules(s, whole):
+    _, mine, second = whole
+    walks, large = [], mine.draw_large
+    mine.draw_large = lambda *a, **k: walks.append(large(*a, **k)) or walks[-1]
+    x = torch.randn(1, 3, 64, 64, generator=gen(9), dtype=torch.float64)
+    how = {"steps": (2, 2, 3, 4), "generator": gen(), "latents": (None, None, None, x)}
+    try:
+        drawn = mine(CAPTIONS[0], **how)
+        other = mine.variations(picture(1), steps=(2, 2, 2), seed=1)
+    finally:
+        del mine.draw_large
+    assert [w.shape[-1] for w in walks] == [32, 64, 32, 64] and other.shape == (1, 3, 64, 64)
+
+    blurred = torch.nn.functional.interpolate(
+        walks[0].clamp(-1, 1), (64, 64), mode="bicubic", align_corners=False, antialias=True
+    )
+    scheduler = s.UnCLIPScheduler.from_config(KARLO_SCHEDULERS["super_res_scheduler"])
+    exact(SimpleNamespace(super_res_scheduler=scheduler, set_progress_bar_config=lambda **_: None))
+    scheduler.set_timesteps(4)
+    g = gen()  # as far as the three walks before have drawn: a start, and all steps but the last
+    for shape, steps in (((1, 24), 2), ((1, 3, 16, 16), 2), ((1, 3, 32, 32), 3)):
+        for _ in range(steps):
+            torch.randn(shape, generator=g, dtype=torch.float64)
+    steps = scheduler.timesteps.tolist()
+    for t, after in zip(steps, [*steps[1:], None], strict=True):
+        answer = second(torch.cat([x, blurred], 1), t).sample
+        x = scheduler.step(answer, t, x, prev_timestep=after, generator=g).prev_sample
+    assert distance(walks[1], x) < TOLERANCE
+    assert distance(drawn, (x / 2 + 0.5).clamp(0, 1)) < TOLERANCE
+
+
+def test_the_second_upsampler_moves_the_picture(whole):
+    root, mine, _ = whole
+    how = {"steps": (2, 2, 2, 2), "seed": 1}
+    before = mine(CAPTIONS[0], **how)
+    other = DALLE2.from_pretrained(root, dtype=torch.float64)
+    perturb(other.super_res_second)
+    assert (other(CAPTIONS[0], **how) - before).abs().max() > 1e-6
+    assert mine(CAPTIONS[0], height=32, width=96, **how).shape == (1, 3, 32, 96)
+    with pytest.raises(ValueError, match="4 values, for prior, decoder, upsampler, second ups"):
+        mine(CAPTIONS[0], steps=(2, 2, 2))
+    with pytest.raises(ValueError, match="height is 40; .* at 16/64, 32/64, 64/64 of it"):
+        mine(CAPTIONS[0], height=40)
+
+
+@pytest.mark.parametrize(("what", "said"), [("no folder", "There is no folder"),
+                                            ("pickle", "as a pickle only")])  # fmt: skip
+@pytest.mark.parametrize("part", ["super_res_second", "image_encoder"])
+def test_parts_that_stock_overlooks_are_missed_here(whole, tmp_path, what, said, part):
+    folder = corrupt(whole[0], tmp_path / "x", what, part)
+    with pytest.raises(CheckpointError, match=said) as error:
+        DALLE2.from_pretrained(folder)
+    assert str(folder / part) in str(error.value) and len(DALLE2.check(folder)) == 1
+
+
+def test_a_second_upsampler_of_another_kind_is_refused(whole):
+    parts = {n: getattr(whole[1], n) for n in DALLE2.parts}
+    with pytest.raises(ValueError, match="an upsampler has 3 channels in and 6 out; expected 6"):
+        DALLE2(**parts | {"super_res_second": parts["decoder"]})
+    with pytest.raises(ValueError, match="super_res_second and super_res_second_scheduler go"):
+        DALLE2(**parts | {"super_res_second_scheduler": None})
 
 
 # --- each part counts ----------------------------------------------------------------------------
