@@ -1,54 +1,29 @@
 """``draw`` and ``check`` on the command line, with tiny systems of our own random weights."""
 
 import json
+import shutil
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 from test_cli import refused
 
 from companion import __main__ as cli
-from companion.autoencoder import Autoencoder, AutoencoderConfig
-from companion.clip import CLIPText, CLIPTextConfig
-from companion.schedule import Schedule
-from companion.scheduler import Scheduler, SchedulerConfig
+from companion import checkpoints, scheduler
+from companion.dalle2 import DALLE2
 from companion.stable_diffusion import StableDiffusion
-from companion.tokenizer import Tokenizer
-from companion.unet import UNet, UNetConfig
-
-SCHEDULER = {
-    "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-    "beta_end": 0.012, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    g = torch.Generator().manual_seed(0)
-    words = Tokenizer.train(["a red house by the sea"], size=530, context=12)
-    text = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=12, eos_token_id=words.end_id,
-    )  # fmt: skip
-    unet = UNetConfig(
-        sample_size=4, block_out_channels=(8, 8), cross_attention_dim=8, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4,
-    )  # fmt: skip
-    vae = AutoencoderConfig(
-        down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(8, 8),
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
-    )  # fmt: skip
-    pipe = StableDiffusion(
-        scheduler=Scheduler(
-            Schedule.scaled_linear(), SchedulerConfig(set_alpha_to_one=False), SCHEDULER
-        ),
-        text_encoder=CLIPText.fresh(text, g),
-        tokenizer=words,
-        unet=UNet.fresh(unet, g),
-        vae=Autoencoder.fresh(vae, g),
-    )
-    return pipe.save_pretrained(tmp_path_factory.mktemp("tiny"))
+    return tiny.stable_diffusion().save_pretrained(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """DALL·E 2 with both upsamplers."""
+    return tiny.dalle2().save_pretrained(tmp_path_factory.mktemp("dalle2"))
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +58,46 @@ def test_a_grid_has_the_pictures_of_following_seeds(folder, capsys, tmp_path):
         third = grid.crop((0, 12, 10, 24))
         assert max(abs(a - b) for a, b in zip(third.tobytes(), one.tobytes(), strict=True)) <= 1
         assert set(grid.crop((10, 12, 20, 24)).tobytes()) == {255}, "the place left over"
+
+
+def test_dalle2_draws_in_four_walks(large, capsys, tmp_path):
+    words = ["draw", "a red house", "--model", str(large), "--steps", "2,3,2,4", "--device", "cpu"]
+    assert cli.main([*words, "--seed", "7", "--guidance", "2"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "picture.png: 'a red house', seed 7\n" and "11/11" in said.err
+    drawn = DALLE2.from_pretrained(large)(
+        "a red house", steps=(2, 3, 2, 4), guidance_scale=2.0,
+        generator=[torch.Generator().manual_seed(7)],
+    )  # fmt: skip
+    with Image.open(tmp_path / "picture.png") as image:
+        assert image.size == (32, 32)
+        stored = torch.tensor(list(image.tobytes())).view(32, 32, 3)
+    assert torch.equal(stored, (drawn[0] * 255).round().long().permute(1, 2, 0))
+    said = refused(capsys, *words[:4], "--steps", "2,2,2")
+    assert "takes 4, for prior, decoder, upsampler, second upsampler" in said
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "dalle2"])
+def test_the_books_own_go_by_their_names(name, folder, large, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
+    words = ["draw", "house", "--model", name, "--quiet", "--device", "cpu", "--seed", "1"]
+    assert "is not shipped with this companion" in refused(capsys, *words)
+    shutil.copytree(large if name == "dalle2" else folder, tmp_path / "weights" / name)
+    assert cli.main([*words, "--steps", "2,2,2,2" if name == "dalle2" else "2"]) == 0
+    assert (tmp_path / "picture.png").is_file()
+
+
+def test_a_folder_that_asks_for_pndm_says_what_draws(folder, tmp_path, caplog, capsys):
+    scheduler._say_no_pndm.cache_clear()
+    shutil.copytree(folder, tmp_path / "x")
+    path = tmp_path / "x" / "scheduler" / "scheduler_config.json"
+    stored = json.loads(path.read_text()) | {"_class_name": "PNDMScheduler"}
+    path.write_text(json.dumps(stored))
+    words = ["draw", "house", "--model", "x", "--quiet", "--device", "cpu", "--steps", "2"]
+    assert cli.main([*words, "--sampler", "euler"]) == 0 and not caplog.records
+    assert cli.main(words) == 0 and "DDIM draws instead" in caplog.text
+    assert caplog.records[0].levelname == "WARNING", "which logging sends to stderr"
+    scheduler._say_no_pndm.cache_clear()
 
 
 def test_without_a_seed_every_picture_is_new_and_can_be_drawn_again(folder, capsys):
@@ -129,8 +144,6 @@ def test_a_prompt_too_long_is_cut_when_asked(folder, capsys):
 def test_check_opens_a_whole_system(folder, capsys, tmp_path):
     assert cli.main(["check", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder}: all is well\n"
-    import shutil
-
     shutil.copytree(folder, tmp_path / "x")
     config = tmp_path / "x" / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 12}))
@@ -142,10 +155,22 @@ def test_check_opens_a_whole_system(folder, capsys, tmp_path):
 
 
 def test_check_sees_parts_that_do_not_fit(folder, capsys, tmp_path):
-    import shutil
-
     shutil.copytree(folder, tmp_path / "x")
     path = tmp_path / "x" / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
     assert cli.main(["check", str(tmp_path / "x")]) == 1
     assert "the tokenizer makes 77 tokens" in capsys.readouterr().out
+
+
+def test_check_knows_every_part_of_dalle2(large, capsys, tmp_path):
+    assert cli.main(["check", str(large)]) == 0
+    assert capsys.readouterr().out == f"{large}: all is well\n"
+    shutil.copytree(large, tmp_path / "x")
+    shutil.rmtree(tmp_path / "x" / "super_res_second_scheduler")
+    weights = tmp_path / "x" / "image_encoder" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    assert cli.main(["check", str(tmp_path / "x")]) == 1
+    said = capsys.readouterr().out
+    assert "There is no folder" in said and "altered" in said and "2 findings" in said
