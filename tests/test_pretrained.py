@@ -1,9 +1,13 @@
-"""Where a folder is looked for, and that nothing is fetched unless a hub id says so."""
+"""Where a folder is looked for, that nothing is fetched unless a hub id says so, and the memory."""
+
+import ctypes
+import gc
+from pathlib import Path
 
 import pytest
 import torch
 
-from companion import pretrained
+from companion import checkpoints, pretrained
 from companion.checkpoints import CheckpointError
 from companion.prior import Prior, PriorConfig
 
@@ -112,3 +116,50 @@ def test_card_and_half_precision(tmp_path, generator):
     assert again.proj_in.weight.dtype == torch.float32
     torch.testing.assert_close(again.proj_in.weight, model.proj_in.weight.half().float())
     assert (tmp_path / "README.md").is_file()
+
+
+STATUS = Path("/proc/self/status")
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if STATUS.exists() else None
+
+
+def own_memory() -> int:
+    """Bytes that this process has written to (what it only maps from files is not among them)."""
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(TRIM is None, reason="asks Linux and glibc how much memory is used")
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_weights_are_never_held_twice(tmp_path, generator, monkeypatch, stored):
+    """Not the module's first random ones, not the file's: what is loaded is all that there is."""
+    model = Prior.fresh(PriorConfig(8, 64, 2, 64, 16), generator)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert size > 25e6, "else the allocator's own comings and goings would count"
+    model.save_pretrained(tmp_path, dtype=stored)
+    del model
+    gc.collect()
+    TRIM(0)  # give back what has been freed
+    most, real = own_memory(), checkpoints.safe_open
+    start = most
+
+    class Watched:
+        def __init__(self, *args, **options):
+            self.file = real(*args, **options)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            nonlocal most
+            most = max(most, own_memory())
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(checkpoints, "safe_open", Watched)
+    again = Prior.from_pretrained(tmp_path)
+    most = max(most, own_memory()) - start
+    assert again.proj_in.weight.dtype == torch.float32
+    assert 0.5 * size < most < 1.2 * size, f"{most / size:.2f} times the weights"
