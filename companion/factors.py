@@ -8,6 +8,7 @@ differ a lot. ``python -m companion measure autoencoders`` makes the table.
 
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,10 +215,13 @@ def cloud(model: Autoencoder, x: Tensor, off: float = 0.2) -> dict[str, Any]:
 def multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
     """Multiplications (each with its addition) of convolutions, linear layers and attention.
 
-    Counted by running the model on ``inputs``; for one picture, give a batch of one.
+    Counted by a run on ``inputs``, whose numbers do not matter; give a batch of one for one
+    picture. The run is on the meta device, where nothing is computed (trap: on a CPU, torch's
+    counter does not see attention).
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    model, inputs = deepcopy(model).to("meta"), [x.to("meta") for x in inputs]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*inputs)
     return counter.get_total_flops() // 2

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from companion import factors
+from companion.attention import PictureAttention
 from companion.autoencoder import Posterior
 from companion.factors import CodebookAutoencoder, Plan
 from companion.recipes import autoencoder as recipe
@@ -110,6 +111,10 @@ def test_multiply_adds_of_known_layers():
     x = torch.zeros(1, 3, 4, 7)
     assert factors.multiply_adds(Layers(), x) == 3 * 5 * 9 * 4 * 7 + 5 * 4 * 7 * 2
     assert factors.multiply_adds(Layers(), x.repeat(3, 1, 1, 1)) == 3 * (3780 + 280)
+    # Attention: four projections of each place, then every place with every place, twice.
+    look = PictureAttention(16, heads=1, groups=4, eps=1e-6)
+    x = torch.zeros(1, 16, 6, 6)
+    assert factors.multiply_adds(look, x) == 4 * 36 * 16 * 16 + 2 * 36 * 36 * 16
 
 
 @pytest.mark.parametrize("plan", [Plan(16, 1), Plan(8, 2, 16)], ids=lambda plan: plan.name)
