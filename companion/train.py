@@ -79,6 +79,8 @@ class Recipe:
         warmup: Steps over which the learning rate rises from 0, linearly.
         decay: How it falls afterwards, to 0 at the end: "constant" (not at all), "cosine",
             "linear", or "late" (linearly, over the last fifth of all steps only).
+        restarts: Steps at which a falling rate, having come to 0, begins anew at the top, and falls
+            again until the next or the end (Loshchilov and Hutter 2017, section 3).
         betas: AdamW's.
         optimiser: "adamw", or "muon" (:class:`companion.muon.Muon`), which learns networks of large
             kernels from fewer pictures.
@@ -115,6 +117,7 @@ class Recipe:
     minutes: float
     warmup: int = 0
     decay: str = "constant"
+    restarts: tuple[int, ...] = ()
     optimiser: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -180,7 +183,10 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     if recipe.decay == "late":
         left = (recipe.steps - step) / (recipe.steps / 5)
         return recipe.learning_rate * min(1.0, left)
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    first, last = recipe.warmup, recipe.steps
+    for again in recipe.restarts:
+        first, last = (max(first, again), last) if again <= step else (first, min(last, again))
+    done = (step - first) / max(1, last - first)
     left = 1 - done if recipe.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
     return recipe.learning_rate * left
 
@@ -620,6 +626,8 @@ class _Run:
             "weight_decay", "clip", "ema", "seed", "chunk",
         )  # fmt: skip
         plan = {name: getattr(self.recipe, name) for name in fields}
+        if self.recipe.restarts:
+            plan["restarts"] = self.recipe.restarts
         plan["data"] = None if self.folder is None else self.folder.resolve().name
         plan["samples"] = len(self.data) if hasattr(self.data, "__len__") else None
         plan["precision"] = self.precision

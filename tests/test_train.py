@@ -131,6 +131,12 @@ def test_learning_rate_is_the_closed_form():
     assert rates["linear"][10:] == pytest.approx([2 * (1 - k / 100) for k in range(100)])
     wanted = [2 * math.cos(math.pi * k / 200) ** 2 for k in range(100)]  # half-angle form
     assert rates["cosine"][10:] == pytest.approx(wanted)
+    twice = replace(recipe, decay="cosine", restarts=(60,))
+    rate = [train.learning_rate(twice, k) for k in range(110)]
+    wanted = [2 * math.cos(math.pi * k / 100) ** 2 for k in range(50)]  # falls to 0, and again
+    assert rate[:10] == rates["cosine"][:10] and rate[10:] == pytest.approx(2 * wanted)
+    short = replace(twice, steps=40)  # it ends before it would begin anew
+    assert train.learning_rate(short, 25) == pytest.approx(1.0)
     assert train.learning_rate(replace(recipe, warmup=0), 0) == 2.0
     assert train.learning_rate(replace(recipe, steps=5, warmup=10), 4) == 1.0
 
