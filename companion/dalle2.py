@@ -91,6 +91,8 @@ class DALLE2(Manipulations):
                 width in (None, common),
                 f"the space of {name} has {width} directions, the text encoder's {common}.",
             )
+        if self.image_encoder:
+            self.feature_extractor.fits(self.image_encoder.config)
         for upsampler in (self.super_res_first, self.super_res_last, self.super_res_second):
             u = upsampler and upsampler.config
             errors.expect(

@@ -89,6 +89,8 @@ class StableDiffusion(System):
             (self.image_encoder is None) == (self.feature_extractor is None),
             "image_encoder and feature_extractor go together.",
         )
+        if self.image_encoder:
+            self.feature_extractor.fits(self.image_encoder.config)
 
     @classmethod
     def listed(cls, root: Path, given: Collection[str] = ()) -> set[str]:

@@ -131,7 +131,7 @@ def own_memory() -> int:
 @pytest.mark.skipif(TRIM is None, reason="asks Linux and glibc how much memory is used")
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
 def test_weights_are_never_held_twice(tmp_path, generator, monkeypatch, stored):
-    """Not the module's first random ones, not the file's: what is loaded is all that there is."""
+    """What is loaded is all that there is; nothing of the file stays beside it."""
     model = Prior.fresh(PriorConfig(8, 64, 2, 64, 16), generator)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert size > 25e6, "else the allocator's own comings and goings would count"

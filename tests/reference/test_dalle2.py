@@ -18,6 +18,7 @@ from reference.oracle import TOLERANCE, distance
 from reference.systems import (
     CAPTIONS,
     KARLO,
+    KARLO_EYE,
     KARLO_SCHEDULERS,
     build,
     corrupt,
@@ -258,6 +259,18 @@ def test_pictures_of_another_size_are_scaled(ours):
     assert apart < 0.05 * pipe.encode_image(there).abs().max()
     with pytest.raises(ValueError, match="image has shape"):
         pipe.variations(picture(1)[:, :, :20])
+
+
+def test_pictures_are_prepared_as_stock_prepares_them(s, ours):
+    """Stock takes bytes and rounds to bytes after scaling: half a level, at most one."""
+    size = 50
+    wave = torch.linspace(0, 9, size).sin()
+    picture = ((wave[:, None] * wave + torch.arange(3.0)[:, None, None] / 3 + 1) * 80).byte()
+    theirs = s.CLIPImageProcessor(**KARLO_EYE)(images=picture.numpy(), return_tensors="pt")
+    mine = ours["images"].feature_extractor(picture[None] / 255, 28)
+    apart = (mine - theirs.pixel_values).abs().max().item()
+    assert apart < 1.01 / 255 / 0.2613, f"{apart * 255 * 0.2613:.2f} levels"
+    assert mine.std() > 0.5
 
 
 # --- between pictures, and told in words ---------------------------------------------------------
