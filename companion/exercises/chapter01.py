@@ -9,7 +9,7 @@ from companion.scores import precision_recall
 
 @exercise("1.1")
 def _price(answer: object) -> None:
-    """price(mean, spread): the distance (1.1) of each cloud from the bell curve."""
+    """price(mean, spread): the price (1.2) of each cloud from the bell curve."""
     price = a_function(answer)
     g = torch.Generator().manual_seed(11)
     mean, spread = torch.randn(5, 3, generator=g), 0.1 + 2 * torch.rand(5, 3, generator=g)
