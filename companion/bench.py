@@ -4,18 +4,27 @@ A benchmark is a function that takes nothing and returns its measurements, one n
 marked with ``@benchmark``. Its table row shows the median, the range from the lowest to the highest
 measurement, and what the house aims at. Nothing fails here: a busy machine is slow, and a test that
 fails on a busy machine teaches people to ignore tests.
+
+Beside the table are the tools for comparing two implementations fairly: taking turns, ratios with
+an interval, memory, and how much arithmetic there is to do. What is compared with diffusers lives
+beside the reference tests, in ``tests/reference/bench.py``: this package does not import it.
 """
 
 import argparse
+import ctypes
+import gc
 import importlib.util
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,149 @@ if importlib.util.find_spec("companion.storybook") is not None:
         return rates[1:]
 
 
+# --- comparing two ways to do the same thing -----------------------------------------------------
+
+
+class Seconds(NamedTuple):
+    """What one call took."""
+
+    cpu: float  # processor time of all threads: other programs hardly change it
+    wall: float  # what a watch shows: on a busy machine mostly waiting
+
+
+def in_turn(
+    runs: Sequence[Callable[[], Any]], rounds: int, at_least: float = 0.1
+) -> list[list[Seconds]]:
+    """Time several functions side by side, so that a slow minute of the machine hits all alike.
+
+    Every function runs once uncounted. In each round every function has one turn; the order is
+    reversed from round to round.
+
+    Args:
+        runs: Functions without arguments.
+        rounds: How many turns each gets.
+        at_least: Seconds of processor time that a turn should take: quick functions are called
+            several times in a turn.
+
+    Returns:
+        For each function the time of one call, turn by turn.
+    """
+    calls = []
+    for run in runs:
+        run()
+        calls.append(max(1, math.ceil(at_least / max(_turn(run, 1).cpu, 1e-6))))
+    found: list[list[Seconds]] = [[] for _ in runs]
+    for number in range(rounds):
+        order = range(len(runs))
+        for i in order if number % 2 == 0 else reversed(order):
+            found[i].append(_turn(runs[i], calls[i]))
+    return found
+
+
+def _turn(run: Callable[[], Any], calls: int) -> Seconds:
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(calls):
+        run()
+    return Seconds((time.process_time() - cpu) / calls, (time.perf_counter() - wall) / calls)
+
+
+class Spread(NamedTuple):
+    """A median, and the interval in which the median of very many measurements lies."""
+
+    median: float
+    low: float
+    high: float
+    confidence: float  # at least 0.95
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The median and its interval from order statistics, which assumes no shape of the noise.
+
+    The true median has as many of n values below it as n tosses of a coin have heads. So the k-th
+    lowest and the k-th highest value enclose it unless fewer than k tosses are heads, or fewer than
+    k are tails; k is the greatest for which that has a probability of at most 5 %.
+
+    Raises:
+        ValueError: Fewer than 6 values: even the lowest and the highest would not enclose it in
+            95 of 100 cases.
+    """
+    n = len(values)
+    if n < 6:
+        raise ValueError(f"{n} measurements; an interval needs at least 6.")
+    missed, k = 2 * 0.5**n, 1  # with k = 1: no head, or no tail
+    while (more := missed + 2 * math.comb(n, k) * 0.5**n) <= 0.05:
+        missed, k = more, k + 1
+    ordered = sorted(values)
+    return Spread(statistics.median(ordered), ordered[k - 1], ordered[n - k], 1 - missed)
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """Additions and multiplications in the matrix products, convolutions and attention of a call.
+
+    What goes place by place (norms, SiLU, sums) is not counted.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def attention(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+        (pictures, heads, queries, channels), keys = query, key[2]
+        return 2 * pictures * heads * queries * keys * 2 * channels  # q kT, and weights times v
+
+    # Trap: torch's counter does not know the attention that a CPU runs, and counts it as nothing.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={on_cpu: attention}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def product(size: int = 2048) -> tuple[Callable[[], Any], int]:
+    """A product of two float32 matrices, and its ``flops``: as fast as arithmetic gets here."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
+    return lambda: a @ b, 2 * size**3
+
+
+def working_memory(run: Callable[[], Any]) -> int | None:
+    """The most memory, in bytes, that a call holds beyond what the process held before.
+
+    The system's own count (resident pages), so it sees all allocators. The function runs once
+    uncounted. ``None`` where the system does not tell (it is read from ``/proc``, on Linux).
+    """
+    run()
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what is free, or it would be reused
+    except (OSError, AttributeError):
+        pass  # another C library: the number may be too low
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _kilobytes("VmRSS")
+        run()
+        return 1024 * max(0, _kilobytes("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def machine() -> str:
+    """The machine and the versions in one line."""
+    import torch
+
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure the named benchmarks, or all, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m companion.bench")
@@ -84,12 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in names if name not in BENCHMARKS]:
         parser.error(f"there is no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}")
 
-    import torch
-
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    print(machine())
     print(f"{'':<38}{'median':>9}{'lowest … highest':>22}  {'unit':<10}aim")
     for name in names:
         row = BENCHMARKS[name]
