@@ -151,9 +151,16 @@ class Tokenizer:
             pad = read_json(path / "special_tokens_map.json").get("pad_token")
         pad = pad or END
         pad = pad["content"] if isinstance(pad, dict) else pad
+        made = {START, END, pad, *("".join(m) for m in merges)}
+        orphans = [p for p in vocabulary if len(p.removesuffix(MARK)) > 1 and p not in made]
+        if orphans:  # every piece but the bytes is made of two others
+            raise CheckpointError(
+                f"{path}: no merge makes {orphans[0]!r} (and {len(orphans) - 1} more of the"
+                " vocabulary): the merges are truncated or another tokenizer's. Fetch them again."
+            )
         try:
             return cls(vocabulary, merges, int(config.get("model_max_length", 77)), pad)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # tokenizers knows no narrower class
             raise CheckpointError(f"{path}: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """What the systems share: folders, notices, devices and precisions."""
 
 import logging
+import shutil
 
 import pytest
 import tiny
@@ -62,6 +63,30 @@ def test_a_saved_system_draws_the_same(folder, usual):
         assert torch.equal(usual[0][name], x), name
         assert x.std() > 0.05, "a picture that says nothing proves nothing"
     assert open_it(folder).check(folder) == []
+
+
+def test_every_file_is_missed_when_it_is_spoilt(folder, tmp_path):
+    """Missing, empty, truncated, altered: each file by itself; nothing opens half."""
+    root, kind = shutil.copytree(folder, tmp_path / "x"), type(open_it(folder))
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    files = [p for p in files if p.name != "special_tokens_map.json"]  # says nothing of its own
+    assert len(files) > 12
+    for path in files:
+        raw = path.read_bytes()
+        ways = {"missing": None, "empty": b"", "truncated": raw[: len(raw) // 2]}
+        ways["short of its end"] = raw[:-3]
+        if path.suffix == ".safetensors":
+            ways["altered"] = raw[:-2] + bytes([raw[-2] ^ 1]) + raw[-1:]
+        for what, now in ways.items():
+            path.unlink() if now is None else path.write_bytes(now)
+            with pytest.raises(CheckpointError) as error:
+                kind.from_pretrained(root) if path.parent == root else kind.parts[
+                    path.parent.name
+                ].from_pretrained(root, path.parent.name)
+            said = str(error.value)
+            assert str(path) in said or str(path.parent) in said, (what, said)
+        path.write_bytes(raw)
+    assert open_it(root).check(root) == []
 
 
 @pytest.mark.parametrize(("kind", "name"), [(StableDiffusion, "unet"), (DALLE2, "prior")])
