@@ -7,6 +7,7 @@ the seeds, the machine and the hashes of the shipped weights that it used. A not
 of it again.
 """
 
+import math
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
@@ -151,6 +152,8 @@ def over_seeds(
 
 CALLS = (3, 5, 9, 19, 39)  # odd, so that Heun, with 2 n - 1 calls for n steps, can spend them all
 CALLERS = ("ddpm", "ddim", "heun", "dpmpp_2m")
+SPACED = (5, 9)  # calls with which spacings are compared
+RHOS = {"even in λ": math.inf, "EDM": 7.0}  # spacings by noise: samplers.edm_timesteps
 
 
 def digits_denoiser() -> Callable[[Tensor, Tensor], Tensor]:
@@ -167,7 +170,7 @@ def digits_denoiser() -> Callable[[Tensor, Tensor], Tensor]:
     "fewer-steps",
     "Fréchet distance of drawn digits from those trained on, against calls of the network and by"
     " spacing: three seeds, with 95 % intervals of the mean by Student's t",
-    minutes=10,
+    minutes=12,
     needs=("digit-classifier", "digits"),
 )
 def fewer_steps(
@@ -197,9 +200,15 @@ def fewer_steps(
                 ts = samplers.timesteps(name, steps, schedule, "trailing")
                 draw = samplers.SAMPLERS[name]
                 note(name, spent, draw(denoise, x_T, ts, schedule, generator=g))
-        for spacing in samplers.SPACINGS:
-            ts = samplers.timesteps("ddim", 5, schedule, spacing)
-            note("5 steps", spacing, samplers.ddim(denoise, x_T, ts, schedule))
+        for name in ("ddim", "dpmpp_2m"):
+            draw = samplers.SAMPLERS[name]
+            for steps in SPACED:
+                for spacing in (*samplers.SPACINGS, *RHOS):
+                    if spacing in RHOS:
+                        ts = samplers.edm_timesteps(steps, schedule, RHOS[spacing])
+                    else:
+                        ts = samplers.timesteps(name, steps, schedule, spacing)
+                    note(f"{name}, {steps} calls", spacing, draw(denoise, x_T, ts, schedule))
     rows = {
         row: {column: over_seeds(runs, low=0) for column, runs in columns.items()}
         for row, columns in found.items()

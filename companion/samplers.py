@@ -77,6 +77,39 @@ def timesteps(
     return torch.from_numpy(t.astype(kind))
 
 
+def edm_timesteps(steps: int, schedule: Schedule, rho: float = 7.0) -> torch.Tensor:
+    """Timesteps spaced by noise instead of by t: evenly in sigma ** (1 / rho), EDM eq. 5.
+
+    ``rho = inf`` is the limit, evenly in log sigma, so in log-SNR. In diffusers these are
+    ``use_karras_sigmas`` (rho = 7) and ``use_exponential_sigmas``.
+
+    Args:
+        steps: How many timesteps, at least 2.
+        schedule: The noise schedule; its last row must have some signal left.
+        rho: At least 1. The larger, the more of the steps are spent at the clean end.
+
+    Returns:
+        (steps,) float64, fractional, from the last row down to row 0.
+    """
+    errors.number("steps", steps, low=2, integer=True)
+    errors.expect(rho >= 1, f"rho is {rho!r}; expected a number of at least 1, or math.inf.")
+    high, low = schedule.sigmas[-1], schedule.sigmas[0]
+    errors.expect(
+        bool(high.isfinite()),
+        "The last row of this schedule has no signal (zero terminal SNR): its sigma is infinite and"
+        " cannot be spaced. Use timesteps(..., spacing='trailing').",
+    )
+    part = torch.linspace(0, 1, steps, dtype=torch.float64)
+    if rho == inf:
+        sigma = high ** (1 - part) * low**part
+    else:
+        root_high, root_low = high ** (1 / rho), low ** (1 / rho)
+        sigma = (root_high + part * (root_low - root_high)) ** rho
+    t = schedule.t_of_log_snr(-2 * sigma.log())
+    t[0], t[-1] = len(schedule) - 1, 0  # rid of rounding
+    return t
+
+
 @torch.no_grad()
 def ddpm(
     denoise: Denoiser,

@@ -412,6 +412,29 @@ def test_timesteps_refuses(arguments, error, message):
         timesteps(*arguments)
 
 
+@pytest.mark.parametrize("rho", [1.0, 7.0, math.inf])
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE, LATENT], ids=["linear", "cosine", "latent"])
+def test_timesteps_spaced_by_noise(schedule, rho):
+    """Even in sigma ** (1 / rho), from end to end; in the limit even in log sigma."""
+    t = samplers.edm_timesteps(12, schedule, rho)
+    assert t.shape == (12,) and (t.diff() < 0).all()
+    assert t[0] == len(schedule) - 1 and t[-1] == 0
+    sigma = (-schedule.log_snr(t) / 2).exp()
+    gaps = (sigma.log() if rho == math.inf else sigma ** (1 / rho)).diff()
+    close(gaps, gaps.mean().expand(11), rtol=1e-6)
+    near = samplers.edm_timesteps(12, schedule, 1e5)
+    close(near, samplers.edm_timesteps(12, schedule, math.inf), rtol=1e-3, atol=0.05)
+
+
+def test_timesteps_spaced_by_noise_refuse():
+    with pytest.raises(ValueError, match="rho is 0.5; expected a number of at least 1"):
+        samplers.edm_timesteps(5, LINEAR, 0.5)
+    with pytest.raises(ValueError, match="its sigma is infinite"):
+        samplers.edm_timesteps(5, ZERO)
+    with pytest.raises(ValueError, match="steps is 1"):
+        samplers.edm_timesteps(1, LINEAR)
+
+
 def test_to_x0_makes_a_denoiser():
     """The three targets lead to the same picture when they stand for the same answer."""
     ends = []

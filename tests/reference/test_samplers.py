@@ -8,6 +8,7 @@ computing in float64 (``wide``): then nothing but the formulas is compared.
 
 import importlib
 import inspect
+import math
 import types
 import warnings
 from types import SimpleNamespace
@@ -315,6 +316,22 @@ def test_quirk_a_timestep_too_many(build):
     assert samplers.timesteps("ddim", 61, schedule, "trailing")[-1] == 15
     affected = [n for n in range(1, 1001) if len(np.arange(1000, 0, -1000 / n)) != n]
     assert len(affected) == 62
+
+
+@pytest.mark.parametrize("n", [2, 5, 20])
+@pytest.mark.parametrize("table", ["linear", "scaled", "cosine"])
+@pytest.mark.parametrize(
+    ("option", "rho"), [("use_karras_sigmas", 7.0), ("use_exponential_sigmas", math.inf)]
+)
+def test_timesteps_spaced_by_noise(build, wide, option, rho, table, n):
+    """The same levels. Their timesteps differ a little: they interpolate log sigma between rows."""
+    scheduler, schedule = build("EulerDiscrete", table, **{option: True})
+    scheduler.set_timesteps(n)
+    t = samplers.edm_timesteps(n, schedule, rho)
+    sigma = (-schedule.log_snr(t) / 2).exp()
+    torch.testing.assert_close(sigma, scheduler.sigmas[:-1].double(), rtol=1e-6, atol=0)
+    apart = (t - scheduler.timesteps.double()).abs().max()
+    assert apart < (1 if table == "cosine" else 0.1)  # at most between two rows
 
 
 def test_default_spacing_is_theirs(build):
