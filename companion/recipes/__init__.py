@@ -14,7 +14,13 @@ from companion.recipes import (
     priors,
     upsamplers,
 )
-from companion.recipes.digits import DigitClassifier, DigitClassifierConfig, Labelled, draw_digits
+from companion.recipes.digits import (
+    DIGITS,
+    DigitClassifier,
+    DigitClassifierConfig,
+    Labelled,
+    draw_digits,
+)
 from companion.recipes.judges import Captioned
 from companion.train import Recipe
 
