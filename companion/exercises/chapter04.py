@@ -9,19 +9,19 @@ from companion.exercises.checking import NotYet, a_function, exercise, same_numb
 
 @exercise("4.1")
 def _ddim_step(answer: object) -> None:
-    """ddim_step(x, x0_hat, abar, abar_next, eta, z): one step from abar to abar_next."""
+    """ddim_step(x, x0_hat, abar, abar_next, eta, fresh): one step from abar to abar_next."""
     ddim_step = a_function(answer)
     g = torch.Generator().manual_seed(41)
-    x0, noise, z = torch.randn(3, 4, 1, 8, 8, generator=g, dtype=torch.float64)
+    x0, noise, fresh = torch.randn(3, 4, 1, 8, 8, generator=g, dtype=torch.float64)
     for abar, abar_next in ((0.2, 0.6), (0.5, 0.55), (0.6, 1.0)):
         x = abar**0.5 * x0 + (1 - abar) ** 0.5 * noise
         for eta in (0.0, 0.5, 1.0):
             # the noise that is put in anew has eta^2 times the variance of DDPM's posterior
             beta = 1 - abar / abar_next
-            fresh = eta * (beta * (1 - abar_next) / (1 - abar)) ** 0.5
-            old = max(0.0, 1 - abar_next - fresh**2) ** 0.5
-            wanted = abar_next**0.5 * x0 + old * noise + fresh * z
-            got = ddim_step(x, x0, abar, abar_next, eta, z)
+            new = eta * (beta * (1 - abar_next) / (1 - abar)) ** 0.5
+            old = max(0.0, 1 - abar_next - new**2) ** 0.5
+            wanted = abar_next**0.5 * x0 + old * noise + new * fresh
+            got = ddim_step(x, x0, abar, abar_next, eta, fresh)
             what = f"The step from {abar} to {abar_next} with eta = {eta}"
             same_tensor(what, got, wanted, 1e-6)
 
@@ -60,7 +60,7 @@ def _order(answer: object) -> None:
     order = a_function(answer)
     for n1, n2, power in ((8, 16, 1), (10, 30, 2), (20, 50, 3)):
         errors = [7.0 * n**-power for n in (n1, n2)]
-        what = f"The order of errors {errors[0]:.3g} and {errors[1]:.3g} with {n1} and {n2} steps"
+        what = f"The order of {errors[0]:.3g}, {errors[1]:.3g} at {n1}, {n2} steps"
         same_number(what, order(n1, errors[0], n2, errors[1]), power, 1e-6)
 
 

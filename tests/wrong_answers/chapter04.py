@@ -3,16 +3,16 @@
 
 def _ddim(noise: str, variance: str, step: str) -> str:
     return (
-        "def ddim_step(x, x0_hat, abar, abar_next, eta, z):\n"
+        "def ddim_step(x, x0_hat, abar, abar_next, eta, fresh):\n"
         f"    noise = {noise}\n"
-        f"    fresh = {variance}\n"
+        f"    new = {variance}\n"
         f"    return {step}"
     )
 
 
 NOISE = "(x - abar**0.5 * x0_hat) / (1 - abar) ** 0.5"
 FRESH = "eta**2 * (1 - abar_next) / (1 - abar) * (1 - abar / abar_next)"
-STEP = "abar_next**0.5 * x0_hat + (1 - abar_next - fresh) ** 0.5 * noise + fresh**0.5 * z"
+STEP = "abar_next**0.5 * x0_hat + (1 - abar_next - new) ** 0.5 * noise + new**0.5 * fresh"
 
 
 def _heun(end: str) -> str:
@@ -24,11 +24,11 @@ def _heun(end: str) -> str:
 
 
 WRONG = [
-    ("4.1", "nothing yet", "def ddim_step(x, x0_hat, abar, abar_next, eta, z):\n    ..."),
+    ("4.1", "nothing yet", "def ddim_step(x, x0_hat, abar, abar_next, eta, fresh):\n    ..."),
     (
         "4.1",
         "the fresh noise comes on top of all the old",
-        _ddim(NOISE, FRESH, STEP.replace(" - fresh) ** 0.5 * n", ") ** 0.5 * n")),
+        _ddim(NOISE, FRESH, STEP.replace(" - new) ** 0.5 * n", ") ** 0.5 * n")),
     ),
     (
         "4.1",
@@ -38,7 +38,7 @@ WRONG = [
     (
         "4.1",
         "the variance for the spread",
-        _ddim(NOISE, FRESH, STEP.replace("fresh**0.5", "fresh")),
+        _ddim(NOISE, FRESH, STEP.replace("new**0.5", "new")),
     ),
     (
         "4.1",
@@ -48,7 +48,7 @@ WRONG = [
     (
         "4.1",
         "the old level's amount of noise",
-        _ddim(NOISE, FRESH, STEP.replace("(1 - abar_next - fresh)", "(1 - abar - fresh)")),
+        _ddim(NOISE, FRESH, STEP.replace("(1 - abar_next - new)", "(1 - abar - new)")),
     ),
     (
         "4.1",
