@@ -147,6 +147,9 @@ def test_both_halves_together_are_the_picture(pipe, monkeypatch):
         assert (back - image).abs().max() < off
     by_itself = pipe.variations(image, eta=0, steps=(20, 2), seed=1)
     assert torch.equal(by_itself, back), "without latents it finds them, asking twice"
+    two = near(pipe, 1, 2)
+    each = pipe.variations(two, eta=0, steps=(20, 2), seed=1, num_images_per_prompt=2)
+    assert (each - two.repeat_interleave(2, dim=0)).abs().max() < 0.05
     other = pipe.variations(image, eta=0, steps=(20, 2), latents=(x_T.flip(3), None), seed=1)
     assert (other - image).abs().max() > 0.1, "the noise holds what the place does not"
 

@@ -14,6 +14,7 @@ from companion.checkpoints import CheckpointError
 from companion.clip import normalise
 from companion.dalle2 import DALLE2
 from companion.schedule import Schedule
+from companion.scheduler import Scheduler
 from reference.oracle import TOLERANCE, distance
 from reference.systems import (
     CAPTIONS,
@@ -397,6 +398,9 @@ def test_text_diffs_by_stocks_modules(theirs, ours):
 # --- one folder for everything -------------------------------------------------------------------
 
 
+SECOND = {"clip_sample_range": 0.9}  # a scheduler of its own; and the first upsampler clips nothing
+
+
 @pytest.fixture(scope="module")
 def whole(s, ours, tmp_path_factory):
     """Words and pictures in, and a second upsampler, in one folder that we wrote."""
@@ -411,10 +415,13 @@ def whole(s, ours, tmp_path_factory):
         second.save_pretrained(folder)
     eye = ("image_encoder", "feature_extractor")
     parts = {n: getattr(ours["texts"], n) for n in DALLE2.parts if n not in eye}
-    parts |= {n: getattr(ours["images"], n) for n in eye} | {
-        "super_res_second": ADMUNet.from_pretrained(folder, dtype=torch.float64),
-        "super_res_second_scheduler": ours["texts"].super_res_scheduler,
-    }
+    for name, change in (("", {"clip_sample": False}), ("_second", SECOND)):
+        where = folder / f"super_res{name}_scheduler"
+        config = KARLO_SCHEDULERS["super_res_scheduler"] | change
+        write_json(where / "scheduler_config.json", config)
+        parts[where.name] = Scheduler.from_pretrained(where)
+    parts |= {n: getattr(ours["images"], n) for n in eye}
+    parts["super_res_second"] = ADMUNet.from_pretrained(folder, dtype=torch.float64)
     root = DALLE2(**parts).save_pretrained(tmp_path_factory.mktemp("whole"))
     return root, DALLE2.from_pretrained(root, dtype=torch.float64), second
 
@@ -428,10 +435,11 @@ def test_one_folder_opens_in_both_stock_pipelines(s, whole):
     assert DALLE2.check(root) == []
     short = DALLE2(**{n: getattr(mine, n) for n in DALLE2.parts if "second" not in n})
     b = run_stock(opened(s, root), prompt=CAPTIONS[0], generator=gen())
-    same(run_ours(short, short, CAPTIONS[0], generator=gen()), b)
+    same(run_ours(short, short, CAPTIONS[0], generator=gen()), b, unclipped=True)
     pipe = opened(s, root, "UnCLIPImageVariationPipeline")
     b = run_stock(pipe, (4, 3), image=normalise(picture(1)), generator=gen())
-    same(run_ours(short.variations, short, picture(1), steps=(4, 3), generator=gen()), b)
+    a = run_ours(short.variations, short, picture(1), steps=(4, 3), generator=gen())
+    same(a, b, unclipped=True)
 
 
 @torch.no_grad()
@@ -451,7 +459,8 @@ def test_the_second_upsampler_by_stocks_modules(s, whole):
     blurred = torch.nn.functional.interpolate(
         walks[0].clamp(-1, 1), (64, 64), mode="bicubic", align_corners=False, antialias=True
     )
-    scheduler = s.UnCLIPScheduler.from_config(KARLO_SCHEDULERS["super_res_scheduler"])
+    assert walks[0].abs().max() > 1, "else nothing is clamped in between"
+    scheduler = s.UnCLIPScheduler.from_config(KARLO_SCHEDULERS["super_res_scheduler"] | SECOND)
     exact(SimpleNamespace(super_res_scheduler=scheduler, set_progress_bar_config=lambda **_: None))
     scheduler.set_timesteps(4)
     g = gen()  # as far as the three walks before have drawn: a start, and all steps but the last
