@@ -432,9 +432,22 @@ def read(port: str = "8000") -> None:
     sys.exit(f"No free port from {port} on.")
 
 
-def bench(*names: str) -> None:
-    """Measure speeds: import, rendering, and what else the companion promises."""
-    sys.exit(run([setup(), "-m", "companion.bench", *names], env=environment(OMP_NUM_THREADS="1")))
+def reference(module: str, *arguments: str) -> None:
+    """Run a command that needs the published libraries; it lives beside the tests."""
+    env = environment(OMP_NUM_THREADS="1")
+    paths = [str(ROOT / "tests"), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    sys.exit(run([setup(), "-m", f"reference.{module}", *arguments], env=env))
+
+
+def bench(*arguments: str) -> None:
+    """Measure speeds and memory, ours against diffusers' (--help: what else it can do)."""
+    reference("bench", *arguments)
+
+
+def real(*arguments: str) -> None:
+    """Draw from published checkpoints with ours and diffusers', after asking (--help)."""
+    reference("real", *arguments)
 
 
 def clean() -> None:
@@ -468,7 +481,7 @@ def usage() -> str:
 
 TARGETS = {
     target.__name__: target
-    for target in (book, test, read, lab, notebooks, check, bench, setup, pins, clean)
+    for target in (book, test, read, lab, notebooks, check, bench, real, setup, pins, clean)
 }
 
 

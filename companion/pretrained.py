@@ -208,7 +208,6 @@ def _download(repo: str, subfolder: str | None, revision: str | None) -> str:
     from fnmatch import fnmatch
 
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     inside = f"{subfolder}/" if subfolder else "*"
     wanted = [f"{inside}{kind}" for kind in ("*.json", "*.txt", "*model.safetensors")]
@@ -221,12 +220,12 @@ def _download(repo: str, subfolder: str | None, revision: str | None) -> str:
             repo, len(files), sum(f.size or 0 for f in files) / 1e9,
         )  # fmt: skip
         return snapshot_download(repo, revision=revision, allow_patterns=wanted)
-    except (HfHubHTTPError, OSError) as first:
+    except Exception as first:  # its client changes the class of its errors from time to time
         try:  # the hub is out of reach, but an earlier download may be here
             return snapshot_download(
                 repo, revision=revision, allow_patterns=wanted, local_files_only=True
             )
-        except (LocalEntryNotFoundError, OSError):
+        except Exception:
             raise CheckpointError(
                 f"{repo!r} is no folder here, and the Hugging Face hub could not give it ({first})."
                 " Check the spelling, or download the folder elsewhere and give its path."
