@@ -1,5 +1,12 @@
 """Plausible wrong answers, a module a chapter; ``WRONG`` has them all."""
 
-from . import chapter01, chapter02, chapter03, chapter04, chapter14
+from . import chapter01, chapter02, chapter03, chapter04, chapter05, chapter14
 
-WRONG = [*chapter01.WRONG, *chapter02.WRONG, *chapter03.WRONG, *chapter04.WRONG, *chapter14.WRONG]
+WRONG = [
+    *chapter01.WRONG,
+    *chapter02.WRONG,
+    *chapter03.WRONG,
+    *chapter04.WRONG,
+    *chapter05.WRONG,
+    *chapter14.WRONG,
+]
