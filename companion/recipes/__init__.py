@@ -12,6 +12,7 @@ from companion.recipes import (
     judges,
     noised,
     priors,
+    stable_diffusion,
     upsamplers,
 )
 from companion.recipes.digits import (
@@ -24,7 +25,17 @@ from companion.recipes.digits import (
 from companion.recipes.judges import Captioned
 from companion.train import Recipe
 
-FAMILIES = (judges, digits, autoencoder, clip, priors, decoder, upsamplers, noised)
+FAMILIES = (
+    judges,
+    digits,
+    autoencoder,
+    clip,
+    priors,
+    decoder,
+    upsamplers,
+    noised,
+    stable_diffusion,
+)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe for family in FAMILIES for recipe in family.RECIPES

@@ -1,0 +1,234 @@
+"""Stable Diffusion's U-Net: noise in latents of 8 x 8 x 4, told of by CLIP's text states.
+
+Rombach et al. 2022, with the choices of Stable Diffusion 1: a frozen autoencoder, a frozen CLIP
+text encoder whose last states are looked at, the noise as target, one caption in ten left out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from companion import checkpoints, data, diffusion
+from companion.autoencoder import Autoencoder, Posterior
+from companion.clip import CLIPText
+from companion.judge import Judge
+from companion.prompts import Prompt, marks, prompts
+from companion.recipes.encoded import GROUP, SIZE, Encoded, FrozenCLIP
+from companion.schedule import Schedule
+from companion.scheduler import Scheduler, SchedulerConfig
+from companion.scores import frechet
+from companion.stable_diffusion import StableDiffusion
+from companion.storybook import Scene, caption, render, sample
+from companion.train import Recipe, generator, pick
+from companion.unet import UNet, UNetConfig
+
+WIDTHS = (80, 128)  # at 8 x 8 and at 4 x 4, both looking at the text
+NO_CAPTION = 0.1  # share left out, for guidance (model card of Stable Diffusion 1.4)
+STEPS, GUIDANCE = 25, 4.0
+FRESH = 83  # the seed of scenes to look at, which no training draws from
+SCHEDULER = {  # as in the published folder, but for PNDM: DDIM goes through the same timesteps
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Some pictures: what can be said of them, and the clouds of their latents, unscaled."""
+
+    about: list[Scene] | list[str]
+    mean: Tensor  # (G, 4, 8, 8)
+    log_variance: Tensor
+
+
+class Latents(Encoded):
+    """Pictures by number, each drawn and folded by the frozen autoencoder once."""
+
+    def __init__(self, folder: Path | None = None, **options: int) -> None:
+        super().__init__(folder, **options)
+        self.vae = Autoencoder.from_pretrained(checkpoints.WEIGHTS / "autoencoder")
+        self.vae.requires_grad_(False)
+        self._folded: dict[int, Folded] = {}
+
+    def fold(self, number: int) -> Folded:
+        """Pictures to train on, from ``number * 64`` on."""
+        if number not in self._folded:
+            places = self.used[number * GROUP : (number + 1) * GROUP]
+            if self.rows is None:
+                about = sample(len(places), generator(0, "scenes of Stable Diffusion", number))
+                pictures = render(about, SIZE)
+            else:
+                about, pictures = self._read(places)
+            said = self.vae.encode(data.to_signed(pictures))
+            self._folded[number] = Folded(about, said.mean, said.log_variance)
+        return self._folded[number]
+
+    def batch(
+        self, indices: Tensor, generator: torch.Generator, dropped: float
+    ) -> dict[str, Tensor]:
+        """Latents and the states of captions.
+
+        Args:
+            indices: Numbers of the samples, (B,).
+            generator: Source of chance.
+            dropped: Share of the captions that are replaced by the empty one.
+
+        Returns:
+            ``x0`` (B, 4, 8, 8), drawn from its cloud and scaled; ``states`` (B, N, K).
+        """
+        n = len(self)
+        later = pick(indices, n).tolist()
+        places = [i if i < n else later[k] for k, i in enumerate(indices.tolist())]
+        found = [(self.fold(i // GROUP), i % GROUP) for i in places]
+        texts = [self.say(group.about[k], generator) for group, k in found]
+        kept = (torch.rand(len(texts), generator=generator) >= dropped).tolist()
+        words = self.clip.read([text if k else "" for text, k in zip(texts, kept, strict=True)])
+        mean = torch.stack([group.mean[k] for group, k in found])
+        log_variance = torch.stack([group.log_variance[k] for group, k in found])
+        z = Posterior(mean, log_variance).sample(generator)
+        return {"x0": self.vae.config.scaling_factor * z, "states": words.states}
+
+
+def build(latents: Latents) -> UNet:
+    """The published layout: attention to the text at each size, four heads everywhere."""
+    vae, text = latents.vae.config, latents.clip.clip.config.text_config
+    return UNet(
+        UNetConfig(
+            sample_size=SIZE // latents.vae.factor,
+            in_channels=vae.latent_channels,
+            out_channels=vae.latent_channels,
+            block_out_channels=WIDTHS,
+            down_block_types=("CrossAttnDownBlock2D",) * len(WIDTHS),
+            up_block_types=("CrossAttnUpBlock2D",) * len(WIDTHS),
+            layers_per_block=1,
+            cross_attention_dim=text.hidden_size,
+            attention_head_dim=4,  # trap: the number of heads
+            norm_num_groups=16,
+        )
+    )
+
+
+def batch(indices: Tensor, generator: torch.Generator, latents: Latents) -> dict[str, Tensor]:
+    """Latents, captions, and what they are noised with."""
+    found = latents.batch(indices, generator, NO_CAPTION)
+    x0 = found["x0"]
+    return found | {
+        "noise": torch.randn(x0.shape, generator=generator),
+        "t": torch.randint(1000, (len(x0),), generator=generator),
+    }
+
+
+def loss(model: UNet, batch: dict[str, Tensor], latents: object) -> tuple[Tensor, dict]:
+    """L_simple on Stable Diffusion's schedule."""
+    x_t = Schedule.scaled_linear().add_noise(batch["x0"], batch["noise"], batch["t"])
+    answer = model(x_t, batch["t"], batch["states"])
+    return diffusion.simple_loss(answer.float(), batch["noise"]), {}
+
+
+# --- drawing and scoring --------------------------------------------------------------------------
+
+
+def assemble(clip: FrozenCLIP, vae: Autoencoder, unet: UNet) -> StableDiffusion:
+    """The trained networks as one system, whose folder stock's pipelines open."""
+    words = CLIPText(clip.clip.config.text_config)
+    words.text_model.load_state_dict(clip.clip.text_model.state_dict())
+    config = SchedulerConfig(**{k: v for k, v in SCHEDULER.items() if not k.startswith("_")})
+    return StableDiffusion(
+        unet=unet,
+        vae=vae,
+        text_encoder=words.eval().requires_grad_(False),
+        tokenizer=clip.tokenizer,
+        scheduler=Scheduler(Schedule.scaled_linear(), config, SCHEDULER),
+    )
+
+
+def exam(pipe: StableDiffusion, asked: list[Prompt], seed: int = 0) -> dict[str, object]:
+    """What the judge reads from pictures of prompts, one each; and from true ones sent through the
+    autoencoder, which is the ceiling."""
+    judge, found = Judge.from_pretrained(), {}
+    true = render([p.scene for p in asked], SIZE)
+    g, drawn, back = torch.Generator().manual_seed(seed), [], []
+    for i in range(0, len(asked), 50):
+        texts = [p.text for p in asked[i : i + 50]]
+        drawn.append(
+            pipe(texts, steps=STEPS, guidance_scale=GUIDANCE, generator=g, truncate=True).cpu()
+        )
+        x = data.to_signed(true[i : i + 50]).to(pipe.device)
+        back.append(data.to_unit(pipe.vae(x)).cpu())
+    real = judge.features(true)
+    for name, pictures in (("", torch.cat(drawn)), (", true pictures, folded", torch.cat(back))):
+        found |= {
+            f"{what}{name}": share for what, share in marks(asked, judge.read(pictures)).items()
+        }
+        distance = frechet(real, judge.features(pictures))
+        found[f"Fréchet distance of {len(asked)} from the true ones{name}"] = distance
+    return found
+
+
+@torch.no_grad()
+def score(model: UNet, latents: Latents) -> dict[str, object]:
+    """The exam on the first 400 prompts; for a reader's folder, the loss on pictures kept apart."""
+    if latents.rows is None:
+        pipe = assemble(latents.clip, latents.vae, model)
+        return exam(pipe, list(prompts()[:400]))
+    pictures, texts = latents.apart(200)
+    g, n = torch.Generator().manual_seed(FRESH), len(pictures)
+    z = latents.vae.encode(data.to_signed(pictures)).mean
+    kept = {
+        "x0": latents.vae.config.scaling_factor * z,
+        "noise": torch.randn(z.shape, generator=g),
+        "t": torch.randint(1000, (n,), generator=g),
+        "states": latents.clip.read(texts).states,
+    }
+    return {"squared error of the noise, pictures kept apart": loss(model, kept, latents)[0].item()}
+
+
+@torch.no_grad()
+def look(model: UNet, n: int = 8) -> Tensor:
+    """Pairs: a scene that a caption describes, and what is drawn from the caption."""
+    g = torch.Generator().manual_seed(FRESH)
+    scenes = sample(n, g)
+    device = next(model.parameters()).device
+    vae = Autoencoder.from_pretrained(checkpoints.WEIGHTS / "autoencoder")
+    pipe = assemble(FrozenCLIP.open(), vae, model)
+    for part in (pipe.vae, pipe.text_encoder):
+        part.to(device)
+    texts = [caption(scene, generator=g) for scene in scenes]
+    drawn = pipe(texts, steps=STEPS, guidance_scale=GUIDANCE, generator=g, truncate=True).cpu()
+    return torch.stack([render(scenes, SIZE), drawn], 1).flatten(0, 1)
+
+
+RECIPES = (
+    Recipe(
+        name="stable-diffusion-unet",
+        about="Stable Diffusion's U-Net for latents of 8 x 8 x 4, which the shipped autoencoder"
+        " makes of 64 x 64 pictures. Its words are the states of the shipped CLIP; both are frozen."
+        " It never saw the held-out combinations.",
+        data=Latents,
+        model=build,
+        batch=batch,
+        loss=loss,
+        sample=look,
+        score=score,
+        needs=("autoencoder", "clip", "judge"),
+        steps=6000,
+        batch_size=64,
+        chunk=64,
+        learning_rate=1e-3,
+        minutes=90,
+        warmup=200,
+        decay="late",
+        ema=0.999,
+        dtype="float16",
+        data_about="40,000 Storybook scenes, each with a new caption whenever it is seen",
+    ),
+)
