@@ -17,7 +17,7 @@ from companion import checkpoints, errors
 from companion.checkpoints import CheckpointError, read_json, write_json
 from companion.pretrained import Pretrained, locate
 from companion.schedule import draw
-from companion.scheduler import Generators, Scheduler, SchedulerConfig  # noqa: F401 (a part too)
+from companion.scheduler import Generators
 from companion.tokenizer import Tokenizer
 
 log = logging.getLogger("companion")
