@@ -315,7 +315,7 @@ RECIPES = (
         model=ar_prior,
         batch=ar_batch,
         loss=ar_loss,
-        steps=800,
+        steps=1500,
         learning_rate=1e-3,
     ),
 )
