@@ -9,11 +9,16 @@ import torch
 from scipy import stats
 
 from companion import __main__ as cli
-from companion import checkpoints, measure
+from companion import checkpoints, data, measure, samplers
+from companion.contest import digits_split
+from companion.recipes import DigitClassifier
+from companion.schedule import Schedule
+from companion.scores import frechet
 
 MEASUREMENTS = measure.measurements()
 
 RESULTS = sorted((Path(__file__).parents[1] / "book" / "results").glob("*.json"))
+RESULTS = [path for path in RESULTS if path.stem != "bench"]  # `make bench` writes that one
 
 
 # --- the files that are shipped -------------------------------------------------------------------
@@ -57,6 +62,30 @@ def test_shipped_intervals_are_those_of_their_runs(path):
             low, high = stats.t.interval(0.95, len(runs) - 1, leaf["value"], error)
             assert leaf["low"] == pytest.approx(low) or leaf["low"] > low  # cut at an end
             assert leaf["high"] == pytest.approx(high) or leaf["high"] < high
+
+
+@pytest.mark.slow  # some seconds of drawing
+def test_fewer_steps_are_what_its_code_measures():
+    """Its rows and columns come from the code that the file names, and one number is had again."""
+    rows = measure.load("fewer-steps")["rows"]
+    small = measure.fewer_steps(seeds=(0, 1), n=8, calls=measure.CALLS[:2])["rows"]
+    assert list(small) == list(rows)
+    for row, columns in small.items():
+        if row == "real":
+            assert set(columns) == {"8"} and set(rows[row]) == {"1000"}
+        elif row in measure.CALLERS:
+            assert list(rows[row]) == [str(n) for n in measure.CALLS]
+        else:
+            assert list(columns) == list(rows[row])
+        assert all(len(cell["runs"]) == 2 for cell in columns.values())
+    x_T = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    plan = Schedule.linear()
+    ts = samplers.timesteps("ddim", 3, plan, "trailing")
+    drawn = data.to_unit(samplers.ddim(measure.digits_denoiser(), x_T, ts, plan))
+    reader = DigitClassifier.from_pretrained()
+    with torch.no_grad():
+        features = [reader.features(x) for x in (data.to_unit(digits_split()[0]), drawn)]
+    assert frechet(*features) == pytest.approx(rows["ddim"]["3"]["runs"][0], rel=1e-3)
 
 
 # --- writing and reading --------------------------------------------------------------------------
