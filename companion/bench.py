@@ -192,10 +192,13 @@ def product(size: int = 2048) -> tuple[Callable[[], Any], int]:
 def working_memory(run: Callable[[], Any]) -> int | None:
     """The most memory, in bytes, that a call holds beyond what the process held before.
 
-    The system's own count (resident pages), so it sees all allocators. The function runs once
-    uncounted. ``None`` where the system does not tell (it is read from ``/proc``, on Linux).
+    The system's own count (resident pages), so it sees all allocators. Call the function once
+    before: what it keeps from its first call on is not working memory. Compare within one process
+    only: another one lays its memory out otherwise, which moved a large model's number by half.
+
+    Returns:
+        ``None`` where the system does not tell (it is read from ``/proc``, on Linux).
     """
-    run()
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what is free, or it would be reused

@@ -188,6 +188,8 @@ def test_working_memory_sees_what_a_call_holds_at_once():
         for _ in range(2):
             torch.ones(8 * mega).sum()
 
+    at_once()
+    one_after_the_other()
     both, one = bench.working_memory(at_once), bench.working_memory(one_after_the_other)
     if both is None or one is None:
         pytest.skip("this system does not tell how much memory a process holds")
