@@ -407,8 +407,10 @@ def test_upsamplers_are_never_shown_a_held_out_combination(monkeypatch):
     assert len(seen) == 320 and not any(map(is_held_out, seen))
 
 
+@pytest.mark.parametrize("target", ["epsilon", "sample"])
 @pytest.mark.parametrize("name", ["upsampler-64", "upsampler-256"])
-def test_an_upsampler_learns_the_noise(name):
+def test_an_upsampler_learns_its_target(name, target, monkeypatch):
+    monkeypatch.setattr(upsamplers, "TARGET", target)
     recipe = replace(RECIPES[name], batch_size=8)
     batch = draw(recipe, recipe.data(None), 0)
     crop = batch["x0"].shape[-1]
@@ -419,7 +421,7 @@ def test_an_upsampler_learns_the_noise(name):
             wanted = noisy(batch["x0"], batch["noise"], t)
             torch.testing.assert_close(x[:, :3].double(), wanted, rtol=1e-4, atol=1e-5)
             assert torch.equal(x[:, 3:], batch["condition"]) and x.shape[1] == 6
-            return batch["noise"] + off
+            return batch["noise" if target == "epsilon" else "x0"] + off
 
         return answer
 

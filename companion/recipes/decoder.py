@@ -20,6 +20,7 @@ from companion.preparation import scaled
 from companion.prior import Prior, TextProjection, TextProjectionConfig
 from companion.prompts import Prompt, marks, prompts
 from companion.recipes.encoded import SIZE, SMALL, Encoded, FrozenCLIP, from_bytes, to_bytes
+from companion.recipes.upsamplers import TARGET
 from companion.schedule import Schedule
 from companion.scheduler import Scheduler, SchedulerConfig
 from companion.scores import frechet
@@ -279,7 +280,7 @@ _UNCLIP = {
 SCHEDULERS = {  # the keys of Karlo's files; their table of betas is always the cosine's
     "prior_scheduler": _UNCLIP | {"clip_sample_range": 5.0, "prediction_type": "sample"},
     "decoder_scheduler": _UNCLIP | {"variance_type": "learned_range"},
-    "super_res_scheduler": _UNCLIP,
+    "super_res_scheduler": _UNCLIP | {"prediction_type": TARGET},
 }
 
 

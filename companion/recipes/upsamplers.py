@@ -23,6 +23,7 @@ from companion.train import Recipe, pick
 
 FACTOR = 4
 STEPS = 7  # to draw with, as Karlo does
+TARGET = "epsilon"  # what the networks answer with; the systems' scheduler says so too
 BLURRED = 0.5  # share of the small pictures that are blurred in training
 CROPS = 4  # taken from each picture where drawing it costs more than training on it
 FRESH = 47  # the seed of pictures for the score, which no training draws from
@@ -134,9 +135,11 @@ def loss(
     model: nn.Module, batch: dict[str, Tensor], pictures: object
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_simple on the cosine schedule; the enlarged small picture lies under the noisy one."""
-    x_t = Schedule.cosine().add_noise(batch["x0"], batch["noise"], batch["t"])
-    answer = model(torch.cat([x_t, batch["condition"]], dim=1), batch["t"])
-    return diffusion.simple_loss(answer.to(x_t.dtype), batch["noise"]), {}  # half, if mixed
+    x0, noise, t, schedule = batch["x0"], batch["noise"], batch["t"], Schedule.cosine()
+    x_t = schedule.add_noise(x0, noise, t)
+    answer = model(torch.cat([x_t, batch["condition"]], dim=1), t)
+    wanted = diffusion.target_for(x0, noise, t, schedule, TARGET)
+    return diffusion.simple_loss(answer.to(x0.dtype), wanted), {}  # half, in mixed precision
 
 
 # --- drawing and scoring --------------------------------------------------------------------------
@@ -149,7 +152,7 @@ def upsample(model: nn.Module, small: Tensor, generator: torch.Generator) -> Ten
     condition = enlarged(data.to_signed(small)).to(device)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        return diffusion.to_x0(model(torch.cat([x, condition], 1), t), x, t, schedule, "epsilon")
+        return diffusion.to_x0(model(torch.cat([x, condition], 1), t), x, t, schedule, TARGET)
 
     x_T = torch.randn(condition.shape, generator=generator).to(device)
     t = samplers.timesteps("ddpm", STEPS, schedule, "linspace")  # as UnCLIPScheduler has them
