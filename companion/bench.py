@@ -88,20 +88,23 @@ if importlib.util.find_spec("companion.storybook") is not None:
 # --- comparing two ways to do the same thing -----------------------------------------------------
 
 
-class Seconds(NamedTuple):
+class Cost(NamedTuple):
     """What one call took."""
 
-    cpu: float  # processor time of all threads: other programs hardly change it
-    wall: float  # what a watch shows: on a busy machine mostly waiting
+    cpu: float  # seconds of all threads' processor time: other programs hardly change it
+    wall: float  # seconds on a watch: on a busy machine mostly waiting
+    memory: int | None  # the most bytes held beyond those held before; None: nobody tells
 
 
 def in_turn(
     runs: Sequence[Callable[[], Any]], rounds: int, at_least: float = 0.1
-) -> list[list[Seconds]]:
-    """Time several functions side by side, so that a slow minute of the machine hits all alike.
+) -> list[list[Cost]]:
+    """Measure several functions side by side, so that a slow minute of the machine hits all alike.
 
     Every function runs once uncounted. In each round every function has one turn; the order is
-    reversed from round to round.
+    reversed from round to round. Memory is the system's own count (resident pages), so it sees all
+    allocators; compare it within one process only: another one lays its memory out otherwise,
+    which moved a large model's number by half.
 
     Args:
         runs: Functions without arguments.
@@ -110,13 +113,16 @@ def in_turn(
             several times in a turn.
 
     Returns:
-        For each function the time of one call, turn by turn.
+        For each function the cost of one call, turn by turn.
     """
     calls = []
     for run in runs:
-        run()
-        calls.append(max(1, math.ceil(at_least / max(_turn(run, 1).cpu, 1e-6))))
-    found: list[list[Seconds]] = [[] for _ in runs]
+        first = _turn(run, 1).cpu
+        if first < at_least:  # the first call of a quick function is not like the others
+            first = max(_turn(run, 1).cpu, 1e-6)
+        calls.append(math.ceil(at_least / first) if first < at_least else 1)
+    gc.collect()
+    found: list[list[Cost]] = [[] for _ in runs]
     for number in range(rounds):
         order = range(len(runs))
         for i in order if number % 2 == 0 else reversed(order):
@@ -124,11 +130,34 @@ def in_turn(
     return found
 
 
-def _turn(run: Callable[[], Any], calls: int) -> Seconds:
-    cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(calls):
+def _turn(run: Callable[[], Any], calls: int) -> Cost:
+    before, memory = _forget_peak(), None
+    cpu = wall = 0.0
+    for number in range(calls):
+        cpu, wall = cpu - time.process_time(), wall - time.perf_counter()
         run()
-    return Seconds((time.process_time() - cpu) / calls, (time.perf_counter() - wall) / calls)
+        cpu, wall = cpu + time.process_time(), wall + time.perf_counter()
+        if number == 0 and before is not None:  # later calls find what the first one left behind
+            memory = 1024 * max(0, _kilobytes("VmHWM") - before)
+    return Cost(cpu / calls, wall / calls, memory)
+
+
+def _forget_peak() -> int | None:
+    """Kilobytes in use; from now on the system counts a new peak. None where it cannot."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what is free, or it would be reused
+    except (OSError, AttributeError):
+        pass  # another C library: the number may be too low
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _kilobytes("VmRSS")
+    except OSError:
+        return None
+
+
+def _kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 class Spread(NamedTuple):
@@ -187,35 +216,6 @@ def product(size: int = 2048) -> tuple[Callable[[], Any], int]:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
     return lambda: a @ b, 2 * size**3
-
-
-def working_memory(run: Callable[[], Any]) -> int | None:
-    """The most memory, in bytes, that a call holds beyond what the process held before.
-
-    The system's own count (resident pages), so it sees all allocators. Call the function once
-    before: what it keeps from its first call on is not working memory. Compare within one process
-    only: another one lays its memory out otherwise, which moved a large model's number by half.
-
-    Returns:
-        ``None`` where the system does not tell (it is read from ``/proc``, on Linux).
-    """
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what is free, or it would be reused
-    except (OSError, AttributeError):
-        pass  # another C library: the number may be too low
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = _kilobytes("VmRSS")
-        run()
-        return 1024 * max(0, _kilobytes("VmHWM") - before)
-    except OSError:
-        return None
-
-
-def _kilobytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def machine() -> str:

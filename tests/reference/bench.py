@@ -439,8 +439,11 @@ def measure(name: str, pairs: int) -> dict[str, Any]:
         "ratio_by_the_clock": compare([x.wall for x in ours], [y.wall for y in theirs])._asdict(),
         "greatest_difference": (a - b).abs().max().item(),
         "greatest_value": b.abs().max().item(),
-        **memory(two),
     }
+    held = [x.memory for x in ours], [y.memory for y in theirs]
+    if all(map(all, held)):  # the system tells, and there was something to hold
+        row["ours_bytes"] = bench.spread(held[0])._asdict()
+        row["memory_ratio"] = compare(*held)._asdict()
     if products:
         row["flops"] = bench.flops(two.ours)
         speeds = [work / one.cpu for one in products[0]]
@@ -453,18 +456,6 @@ def measure(name: str, pairs: int) -> dict[str, Any]:
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> bench.Spread:
     """How many times ours' cost theirs is, pair by pair."""
     return bench.spread([b / a for a, b in zip(ours, theirs, strict=True)])
-
-
-def memory(two: Two) -> dict[str, Any]:
-    """Working memory of both sides, six times in turn; nothing where the system does not tell."""
-    held = [[bench.working_memory(run) for run in two] for _ in range(6)]
-    if not all(all(both) for both in held):
-        return {}
-    ours, theirs = zip(*held, strict=True)
-    return {
-        "ours_bytes": bench.spread(ours)._asdict(),
-        "memory_ratio": compare(ours, theirs)._asdict(),
-    }
 
 
 def rows(pairs: Mapping[str, int]) -> Iterator[dict[str, Any]]:

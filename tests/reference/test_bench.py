@@ -149,7 +149,7 @@ def test_the_stored_result_is_whole_and_of_these_rows():
     for name, row in rows.items():
         assert (row["what"], row["size"]) == (bench.SUBJECTS[name].what, bench.SUBJECTS[name].size)
         assert row["pairs"] >= 6
-        for key in ("ratio", "ratio_by_the_clock", "ours_seconds"):
+        for key in ("ratio", "ratio_by_the_clock", "ours_seconds", "ours_bytes", "memory_ratio"):
             assert 0 < row[key]["low"] <= row[key]["median"] <= row[key]["high"]
             assert row[key]["confidence"] >= 0.95
         assert row["greatest_difference"] < 1e-2 * max(1.0, row["greatest_value"])
