@@ -26,8 +26,8 @@ FLOORS = {
         "stable_diffusion",
     },
     "side doors": {
-        "__main__", "bench", "contest", "exercises", "factors", "judge", "matching", "measure",
-        "muon", "notebooks", "prompts", "recipes", "scores", "show", "train", "widgets",
+        "__main__", "bench", "contest", "decoding", "exercises", "factors", "judge", "mapping",
+        "matching", "measure", "muon", "notebooks", "prompts", "recipes", "scores", "show", "train", "widgets",
     },
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS.values()) for room in rooms}
