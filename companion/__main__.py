@@ -244,7 +244,7 @@ def _draw(chosen: argparse.Namespace) -> int:
     options |= {"height": chosen.height, "width": chosen.width, "truncate": chosen.truncate}
     if chosen.guidance is not None:
         options["guidance_scale"] = chosen.guidance
-    usual = kind.usual_steps(kind.listed(root))
+    usual = kind.usual_steps(kind.parts if root == "storybook" else kind.listed(root))
     try:
         steps = [int(n) for n in chosen.steps.split(",")] if chosen.steps else [*usual.values()]
     except ValueError:
@@ -255,13 +255,19 @@ def _draw(chosen: argparse.Namespace) -> int:
         f" {', '.join(usual)}.",
     )
     pipe = kind.from_pretrained(root).to(_device(chosen.device))
-    with tqdm(total=sum(steps), disable=chosen.quiet, desc="draw", unit="step") as bar:
+    stages = (name for name, n in zip(usual, steps, strict=True) for _ in range(n))
+    with tqdm(total=sum(steps), disable=chosen.quiet, unit="step") as bar:
+
+        def tell(*_: object) -> None:
+            bar.set_description(next(stages, None), refresh=False)
+            bar.update()
+
         pictures = pipe(
             chosen.prompt,
             steps=steps if len(steps) > 1 else steps[0],
             num_images_per_prompt=chosen.count,
             generator=[torch.Generator().manual_seed(seed + i) for i in range(chosen.count)],
-            callback=lambda *_: bar.update(),
+            callback=tell,
             **options,
         )
     _write_png(out, pictures.cpu())
@@ -297,7 +303,7 @@ def _device(name: str) -> str:
 
 
 def _system(model: str) -> tuple:
-    """The class that opens a model, by its model_index.json, and the model's folder."""
+    """The class that opens a model, by its model_index.json, and what it takes for it."""
     import companion
     from companion.checkpoints import CheckpointError, read_json
     from companion.pretrained import locate
@@ -305,7 +311,7 @@ def _system(model: str) -> tuple:
     kinds = [getattr(companion, name) for name in companion._SYSTEMS]
     for kind in kinds:
         if model == kind.shipped:
-            return kind, kind.find("storybook")
+            return kind, "storybook"
     root = locate(model)
     name = read_json(root / "model_index.json").get("_class_name")
     for kind in kinds:

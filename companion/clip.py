@@ -315,3 +315,16 @@ def normalise(
     """Pictures in [0, 1], (B, 3, H, W), as the picture tower wants them."""
     shift, scale = (torch.tensor(v, dtype=pictures.dtype)[:, None, None] for v in (mean, std))
     return (pictures - shift.to(pictures.device)) / scale.to(pictures.device)
+
+
+def halves(clip: CLIP) -> tuple[CLIPTextProjected, CLIPVisionProjected]:
+    """Both towers with their ways into the common space, as two modules of CLIP's own weights."""
+    with torch.device("meta"):
+        words = CLIPTextProjected(clip.config.text_config)
+        pictures = CLIPVisionProjected(clip.config.vision_config)
+    weights = clip.state_dict()
+    for half in (words, pictures):
+        own = {name: weights[name] for name in half.state_dict()}
+        half.load_state_dict(own, assign=True)
+        half.eval().requires_grad_(False)
+    return words, pictures

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion import errors, samplers
+from companion import checkpoints, errors, samplers
 from companion.adm import ADMUNet
-from companion.clip import CLIPTextProjected, CLIPVisionProjected
+from companion.clip import CLIP, CLIPTextProjected, CLIPVisionProjected, halves
 from companion.manipulations import Manipulations
 from companion.pipeline import generators, prompts
 from companion.preparation import Preparation
 from companion.prior import Prior, TextProjection
-from companion.scheduler import Generators, Scheduler
+from companion.schedule import Schedule
+from companion.scheduler import Generators, Scheduler, SchedulerConfig
 from companion.tokenizer import Tokenizer
 from companion.unclip import Latents
 
@@ -31,6 +32,23 @@ TOGETHER = (
     ("image_encoder", "feature_extractor"),
     ("super_res_second", "super_res_second_scheduler"),
 )
+_UNCLIP = {
+    "_class_name": "UnCLIPScheduler",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small_log",
+}
+# The book's own, in the keys of Karlo's files; their table of betas is always the cosine's. Karlo's
+# upsamplers predict the noise: at the first of so few steps, where nothing but noise is left, that
+# says nothing of the picture.
+SCHEDULERS = {
+    "prior_scheduler": _UNCLIP | {"clip_sample_range": 5.0, "prediction_type": "sample"},
+    "decoder_scheduler": _UNCLIP | {"variance_type": "learned_range"},
+    "super_res_scheduler": _UNCLIP | {"prediction_type": "sample"},
+    "super_res_second_scheduler": _UNCLIP | {"prediction_type": "sample"},
+}
 
 
 class DALLE2(Manipulations):
@@ -44,6 +62,7 @@ class DALLE2(Manipulations):
 
     opens = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
     shipped = "dalle2"
+    made_of = ("clip", "prior", "decoder", "upsampler-64", "upsampler-256")
     parts = {
         "decoder": ADMUNet,
         "decoder_scheduler": Scheduler,
@@ -100,6 +119,25 @@ class DALLE2(Manipulations):
                 f"an upsampler has {u and u.in_channels} channels in and {u and u.out_channels}"
                 f" out; expected {2 * c.in_channels} and {c.in_channels}.",
             )
+
+    @classmethod
+    def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
+        clip, prior, decoder, first, second = (checkpoints.WEIGHTS / n for n in cls.made_of)
+        words, pictures = halves(CLIP.from_pretrained(clip, dtype=dtype))
+        upsampler = ADMUNet.from_pretrained(first, dtype=dtype)
+        return {
+            "text_encoder": words,
+            "tokenizer": Tokenizer.from_pretrained(clip),
+            "image_encoder": pictures,
+            "feature_extractor": Preparation.from_pretrained(clip),
+            "prior": Prior.from_pretrained(prior, dtype=dtype),
+            "decoder": ADMUNet.from_pretrained(decoder, dtype=dtype),
+            "text_proj": TextProjection.from_pretrained(decoder, "text_proj", dtype=dtype),
+            "super_res_first": upsampler,
+            "super_res_last": upsampler,  # Karlo has another one for the last step
+            "super_res_second": ADMUNet.from_pretrained(second, dtype=dtype),
+            **{name: scheduler(name) for name in SCHEDULERS},
+        }
 
     def index(self) -> dict[str, object]:
         return super().index() | {"_class_name": self.opens[0 if self.prior else 1]}
@@ -170,3 +208,10 @@ class DALLE2(Manipulations):
         )
         small = self.draw_small(embedding, words, null, decoder, guidance_scale, source, callback)
         return self._enlarge(small, upsamplers, source, callback)
+
+
+def scheduler(name: str) -> Scheduler:
+    """One of ``SCHEDULERS``, as if read from its file."""
+    stored = SCHEDULERS[name]
+    config = SchedulerConfig(**{k: v for k, v in stored.items() if not k.startswith("_")})
+    return Scheduler(Schedule.cosine(), config, stored)

@@ -27,7 +27,8 @@ class System:
     """Text in, pictures out; a folder of parts. Attributes are named as the subfolders are."""
 
     opens: ClassVar[tuple[str, ...]]  # the pipelines whose folders this class opens, first saved
-    shipped: ClassVar[str] = ""  # the book's own, trained on Storybook: a folder of the weights
+    shipped: ClassVar[str] = ""  # what ``draw --model`` calls the book's own, trained on Storybook
+    made_of: ClassVar[tuple[str, ...]] = ()  # the shipped weights that the book's own consists of
     parts: ClassVar[dict[str, type]]  # subfolder -> the class that opens it
     optional: ClassVar[tuple[str, ...]] = ()  # parts that not every pipeline has
     skipped: ClassVar[dict[str, str]] = {}  # parts that are left out, and what to say of it
@@ -63,7 +64,9 @@ class System:
         Raises:
             CheckpointError: A part is missing, truncated, altered, or not implemented here.
         """
-        root = cls.find(folder, revision)
+        if folder == "storybook":
+            return cls(**cls.storybook(dtype) | parts)
+        root = locate(folder, revision=revision)
         listed = cls.listed(root, parts)
         for name, why in cls.skipped.items():
             if name in listed and why:
@@ -76,17 +79,25 @@ class System:
         return cls(**opened | parts)
 
     @classmethod
-    def find(cls, folder: str | Path, revision: str | None = None) -> Path:
-        """The folder that a caller means, as ``from_pretrained`` takes it."""
-        if folder != "storybook":
-            return locate(folder, revision=revision)
-        root = checkpoints.WEIGHTS / cls.shipped
-        if not root.is_dir():
+    def storybook(cls, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """The parts of the book's own system. Its networks are stored once, one folder a recipe;
+        ``save_pretrained`` writes them as the one folder that stock opens.
+
+        Raises:
+            CheckpointError: One of them is not shipped with this companion.
+        """
+        lacking = [name for name in cls.made_of if not (checkpoints.WEIGHTS / name).is_dir()]
+        if lacking or not cls.made_of:
             raise CheckpointError(
-                f"The book's own {cls.__name__} is not shipped with this companion: there is no"
-                f" folder {root}. Give the path of a folder, or a hub id."
+                f"The book's own {cls.__name__} is not shipped with this companion:"
+                f" {', '.join(lacking) or 'all of it'} is missing in {checkpoints.WEIGHTS}. Give"
+                " the path of a folder, or a hub id."
             )
-        return root
+        return cls._assembled(dtype)
+
+    @classmethod
+    def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
+        raise NotImplementedError
 
     @classmethod
     def listed(cls, root: Path, given: Collection[str] = ()) -> set[str]:
@@ -121,9 +132,12 @@ class System:
     def check(cls, folder: str | Path) -> list[str]:
         """What is wrong with a folder: every part is opened, one at a time. Empty: all is well."""
         try:
-            root = cls.find(folder)
+            if folder == "storybook":
+                cls.from_pretrained(folder)
+                return []
+            root = locate(folder)
             found = cls.listed(root)
-        except CheckpointError as error:
+        except (CheckpointError, ValueError) as error:
             return [str(error)]
         findings, opened = [], {}
         for name in (n for n in cls.parts if n in found):

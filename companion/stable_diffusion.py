@@ -18,17 +18,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from companion import errors, guidance, samplers
+from companion import checkpoints, errors, guidance, samplers
 from companion.autoencoder import Autoencoder
-from companion.clip import CLIPText, CLIPVisionProjected
+from companion.clip import CLIP, CLIPText, CLIPVisionProjected, halves
 from companion.data import to_signed, to_unit
 from companion.diffusion import to_x0
 from companion.pipeline import System, generators, prompts
 from companion.preparation import Preparation
-from companion.schedule import draw
-from companion.scheduler import Generators, Scheduler
+from companion.schedule import Schedule, draw
+from companion.scheduler import Generators, Scheduler, SchedulerConfig
 from companion.tokenizer import Tokenizer
 from companion.unet import UNet
+
+# The book's own, as in the published folder, but for PNDM: DDIM goes through the same timesteps.
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 
 class StableDiffusion(System):
@@ -40,6 +53,7 @@ class StableDiffusion(System):
         "StableDiffusionInpaintPipeline",
     )
     shipped = "stable-diffusion"
+    made_of = ("clip", "autoencoder", "stable-diffusion")
     parts = {
         "feature_extractor": Preparation,
         "image_encoder": CLIPVisionProjected,
@@ -91,6 +105,22 @@ class StableDiffusion(System):
         )
         if self.image_encoder:
             self.feature_extractor.fits(self.image_encoder.config)
+
+    @classmethod
+    def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
+        clip, vae, unet = (checkpoints.WEIGHTS / name for name in cls.made_of)
+        words, pictures = halves(CLIP.from_pretrained(clip, dtype=dtype))
+        text = CLIPText(words.config)
+        text.text_model = words.text_model
+        return {
+            "feature_extractor": Preparation.from_pretrained(clip),
+            "image_encoder": pictures,
+            "scheduler": own_scheduler(),
+            "text_encoder": text.eval(),
+            "tokenizer": Tokenizer.from_pretrained(clip),
+            "unet": UNet.from_pretrained(unet, dtype=dtype),
+            "vae": Autoencoder.from_pretrained(vae, dtype=dtype),
+        }
 
     @classmethod
     def listed(cls, root: Path, given: Collection[str] = ()) -> set[str]:
@@ -350,3 +380,9 @@ class StableDiffusion(System):
                     len(x) in (1, count), f"{name} has {len(x)} pictures; expected 1 or {count}."
                 )
         return sizes[0], sizes[1]
+
+
+def own_scheduler() -> Scheduler:
+    """``SCHEDULER``, as if read from its file."""
+    config = SchedulerConfig(**{k: v for k, v in SCHEDULER.items() if not k.startswith("_")})
+    return Scheduler(Schedule.scaled_linear(), config, SCHEDULER)

@@ -36,7 +36,7 @@ def test_draw_writes_the_picture_of_its_seed(folder, capsys, tmp_path):
     assert cli.main([*words, "--seed", "7", "--guidance", "2", "--negative", "sea"]) == 0
     said = capsys.readouterr()
     assert said.out == "picture.png: 'a red house', seed 7\n"
-    assert "draw: 100%" in said.err and "3/3" in said.err, "the bar"
+    assert "latents: 100%" in said.err and "3/3" in said.err, "the bar"
     drawn = StableDiffusion.from_pretrained(folder)(
         "a red house", steps=3, guidance_scale=2.0, negative_prompt="sea", seed=7
     )
@@ -77,13 +77,15 @@ def test_dalle2_draws_in_four_walks(large, capsys, tmp_path):
     assert "takes 4, for prior, decoder, upsampler, second upsampler" in said
 
 
-@pytest.mark.parametrize("name", ["stable-diffusion", "dalle2"])
-def test_the_books_own_go_by_their_names(name, folder, large, capsys, monkeypatch, tmp_path):
+def test_the_books_own_go_by_their_names(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
-    words = ["draw", "house", "--model", name, "--quiet", "--device", "cpu", "--seed", "1"]
-    assert "is not shipped with this companion" in refused(capsys, *words)
-    shutil.copytree(large if name == "dalle2" else folder, tmp_path / "weights" / name)
-    assert cli.main([*words, "--steps", "2,2,2,2" if name == "dalle2" else "2"]) == 0
+    words = ["draw", "house", "--device", "cpu", "--seed", "1", "--model"]
+    for name in ("stable-diffusion", "dalle2"):
+        assert "is not shipped with this companion" in refused(capsys, *words, name)
+    tiny.storybook(tmp_path / "weights")
+    assert "takes 4, for prior" in refused(capsys, *words, "dalle2", "--steps", "2")
+    assert cli.main([*words, "dalle2", "--steps", "2,2,2,2"]) == 0
+    assert "second upsampler: 100%" in capsys.readouterr().err, "the bar tells which stage runs"
     assert (tmp_path / "picture.png").is_file()
 
 

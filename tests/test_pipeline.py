@@ -89,17 +89,22 @@ def test_every_file_is_missed_when_it_is_spoilt(folder, tmp_path):
     assert open_it(root).check(root) == []
 
 
-@pytest.mark.parametrize(("kind", "name"), [(StableDiffusion, "unet"), (DALLE2, "prior")])
-def test_the_books_own_is_called_storybook(kind, name, monkeypatch, tmp_path):
+def test_the_books_own_is_called_storybook(monkeypatch, tmp_path):
+    """Its networks lie one folder a recipe, CLIP once; each that is missing is named."""
     monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
-    with pytest.raises(CheckpointError, match=f"The book's own {kind.__name__} is not shipped"):
-        kind.from_pretrained("storybook")
-    assert len(kind.check("storybook")) == 1
-    made = SYSTEMS[kind.shipped]()
-    made.save_pretrained(tmp_path / kind.shipped)
-    again = kind.from_pretrained("storybook")
-    ours, theirs = getattr(made, name).state_dict(), getattr(again, name).state_dict()
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours) and kind.check("storybook") == []
+    made = tiny.storybook(tmp_path)
+    again = DALLE2.from_pretrained("storybook")
+    assert DALLE2.check("storybook") == [] and again.super_res_last is again.super_res_first
+    for name in (*tiny.OWN, "text_encoder", "image_encoder"):
+        ours, theirs = getattr(made, name).state_dict(), getattr(again, name).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert DALLE2.from_pretrained("storybook", prior=made.prior).prior is made.prior
+    for name in DALLE2.made_of:
+        (tmp_path / name).rename(tmp_path / "away")
+        with pytest.raises(CheckpointError, match=f"DALLE2 is not shipped .*: {name} is missing"):
+            DALLE2.from_pretrained("storybook")
+        assert len(DALLE2.check("storybook")) == 1
+        (tmp_path / "away").rename(tmp_path / name)
 
 
 def test_a_part_may_be_brought_along(tmp_path):

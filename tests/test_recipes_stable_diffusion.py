@@ -19,7 +19,7 @@ from companion.storybook import is_held_out, render
 from companion.train import draw, train
 from companion.unet import UNet
 
-MAIN = RECIPES["stable-diffusion-unet"]
+MAIN = RECIPES["stable-diffusion"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,15 +1,20 @@
 """Whole systems of our own, as small as they can be, with random weights."""
 
+from pathlib import Path
+
 import torch
 
 from companion.adm import PLAIN, ADMConfig, ADMUNet
 from companion.autoencoder import Autoencoder, AutoencoderConfig
 from companion.clip import (
+    CLIP,
+    CLIPConfig,
     CLIPText,
     CLIPTextConfig,
     CLIPTextProjected,
     CLIPVisionConfig,
     CLIPVisionProjected,
+    halves,
 )
 from companion.dalle2 import DALLE2
 from companion.preparation import Preparation
@@ -95,6 +100,15 @@ def upsampler(g: torch.Generator, size: int) -> ADMUNet:
     return lively(ADMUNet.fresh(config, g))
 
 
+OWN = {
+    "prior": "prior",
+    "decoder": "decoder",
+    "text_proj": "decoder/text_proj",
+    "super_res_first": "upsampler-64",
+    "super_res_second": "upsampler-256",
+}
+
+
 def dalle2(second: bool = True) -> DALLE2:
     """8x8 pixels, then 16x16, then 32x32; from words and from pictures."""
     g = torch.Generator().manual_seed(0)
@@ -127,3 +141,17 @@ def dalle2(second: bool = True) -> DALLE2:
         **eye(g),
         **(more if second else {}),
     )  # fmt: skip
+
+
+def storybook(root: Path) -> DALLE2:
+    """The book's own DALL·E 2 as the recipes leave it: one folder each, and a whole CLIP."""
+    made = dalle2()
+    c = made.text_encoder.config
+    whole = CLIP(CLIPConfig(c, made.image_encoder.config, c.projection_dim))
+    made.text_encoder, made.image_encoder = halves(whole)
+    made.super_res_last = made.super_res_first
+    for name, part in OWN.items():
+        getattr(made, name).save_pretrained(root / part)
+    for part in (whole, made.tokenizer, made.feature_extractor):
+        part.save_pretrained(root / "clip")
+    return made

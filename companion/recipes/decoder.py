@@ -13,16 +13,14 @@ from torch.nn import functional as F
 
 from companion import checkpoints, data, diffusion, guidance, samplers
 from companion.adm import CROSS, PLAIN, ADMConfig, ADMUNet
-from companion.clip import CLIPTextProjected, CLIPVisionProjected
-from companion.dalle2 import DALLE2
+from companion.clip import halves
+from companion.dalle2 import DALLE2, SCHEDULERS, scheduler
 from companion.judge import Judge
 from companion.preparation import scaled
 from companion.prior import Prior, TextProjection, TextProjectionConfig
 from companion.prompts import Prompt, marks, prompts
 from companion.recipes.encoded import SIZE, SMALL, Encoded, FrozenCLIP, from_bytes, to_bytes
-from companion.recipes.upsamplers import TARGET
 from companion.schedule import Schedule
-from companion.scheduler import Scheduler, SchedulerConfig
 from companion.scores import frechet
 from companion.storybook import Scene, caption, render, sample
 from companion.train import Recipe
@@ -269,48 +267,21 @@ def look(model: Decoder, n: int = 8) -> Tensor:
 
 # --- the whole system -----------------------------------------------------------------------------
 
-_UNCLIP = {
-    "_class_name": "UnCLIPScheduler",
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "variance_type": "fixed_small_log",
-}
-SCHEDULERS = {  # the keys of Karlo's files; their table of betas is always the cosine's
-    "prior_scheduler": _UNCLIP | {"clip_sample_range": 5.0, "prediction_type": "sample"},
-    "decoder_scheduler": _UNCLIP | {"variance_type": "learned_range"},
-    "super_res_scheduler": _UNCLIP | {"prediction_type": TARGET},
-}
-
-
-def scheduler(name: str) -> Scheduler:
-    """One of ``SCHEDULERS``, as if read from its file."""
-    stored = SCHEDULERS[name]
-    config = SchedulerConfig(**{k: v for k, v in stored.items() if not k.startswith("_")})
-    return Scheduler(Schedule.cosine(), config, stored)
-
 
 def assemble(clip: FrozenCLIP, prior: Prior, decoder: Decoder, upsampler: ADMUNet) -> DALLE2:
     """The trained networks as one system, whose folder stock's unCLIP pipelines open."""
-    c = clip.clip.config
-    words = CLIPTextProjected(c.text_config)
-    words.text_model.load_state_dict(clip.clip.text_model.state_dict())
-    words.text_projection.load_state_dict(clip.clip.text_projection.state_dict())
-    pictures = CLIPVisionProjected(c.vision_config)
-    pictures.vision_model.load_state_dict(clip.clip.vision_model.state_dict())
-    pictures.visual_projection.load_state_dict(clip.clip.visual_projection.state_dict())
+    words, pictures = halves(clip.clip)
     return DALLE2(
         prior=prior,
         decoder=decoder.unet,
         text_proj=decoder.text_proj,
         super_res_first=upsampler,
         super_res_last=upsampler,  # Karlo has another one for the last step
-        text_encoder=words.eval(),
+        text_encoder=words,
         tokenizer=clip.tokenizer,
-        image_encoder=pictures.eval(),
+        image_encoder=pictures,
         feature_extractor=clip.preparation,
-        **{name: scheduler(name) for name in SCHEDULERS},
+        **{name: scheduler(name) for name in SCHEDULERS if "second" not in name},
     )
 
 

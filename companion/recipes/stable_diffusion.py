@@ -12,14 +12,13 @@ from torch import Tensor
 
 from companion import checkpoints, data, diffusion
 from companion.autoencoder import Autoencoder, Posterior
-from companion.clip import CLIPText
+from companion.clip import CLIPText, halves
 from companion.judge import Judge
 from companion.prompts import Prompt, marks, prompts
 from companion.recipes.encoded import GROUP, SIZE, Encoded, FrozenCLIP
 from companion.schedule import Schedule
-from companion.scheduler import Scheduler, SchedulerConfig
 from companion.scores import frechet
-from companion.stable_diffusion import StableDiffusion
+from companion.stable_diffusion import StableDiffusion, own_scheduler
 from companion.storybook import Scene, caption, render, sample
 from companion.train import Recipe, generator, pick
 from companion.unet import UNet, UNetConfig
@@ -28,17 +27,6 @@ WIDTHS = (80, 128)  # at 8 x 8 and at 4 x 4, both looking at the text
 NO_CAPTION = 0.1  # share left out, for guidance (model card of Stable Diffusion 1.4)
 STEPS, GUIDANCE = 25, 4.0
 FRESH = 83  # the seed of scenes to look at, which no training draws from
-SCHEDULER = {  # as in the published folder, but for PNDM: DDIM goes through the same timesteps
-    "_class_name": "DDIMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -139,15 +127,17 @@ def loss(model: UNet, batch: dict[str, Tensor], latents: object) -> tuple[Tensor
 
 def assemble(clip: FrozenCLIP, vae: Autoencoder, unet: UNet) -> StableDiffusion:
     """The trained networks as one system, whose folder stock's pipelines open."""
-    words = CLIPText(clip.clip.config.text_config)
-    words.text_model.load_state_dict(clip.clip.text_model.state_dict())
-    config = SchedulerConfig(**{k: v for k, v in SCHEDULER.items() if not k.startswith("_")})
+    words, pictures = halves(clip.clip)
+    text = CLIPText(words.config)
+    text.text_model = words.text_model
     return StableDiffusion(
         unet=unet,
         vae=vae,
-        text_encoder=words.eval().requires_grad_(False),
+        text_encoder=text.eval(),
+        image_encoder=pictures,
+        feature_extractor=clip.preparation,
         tokenizer=clip.tokenizer,
-        scheduler=Scheduler(Schedule.scaled_linear(), config, SCHEDULER),
+        scheduler=own_scheduler(),
     )
 
 
@@ -209,7 +199,7 @@ def look(model: UNet, n: int = 8) -> Tensor:
 
 RECIPES = (
     Recipe(
-        name="stable-diffusion-unet",
+        name="stable-diffusion",
         about="Stable Diffusion's U-Net for latents of 8 x 8 x 4, which the shipped autoencoder"
         " makes of 64 x 64 pictures. Its words are the states of the shipped CLIP; both are frozen."
         " It never saw the held-out combinations.",
