@@ -1,6 +1,6 @@
 # Only a door to make.py, which does the work on every system: python make.py TARGET
 PYTHON ?= python3
-TARGETS := help book test read lab notebooks check bench real setup pins clean
+TARGETS := help book test read lab notebooks check bench scores real setup pins clean
 
 export CHAPTER
 .DEFAULT_GOAL := help

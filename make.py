@@ -445,6 +445,11 @@ def bench(*arguments: str) -> None:
     reference("bench", *arguments)
 
 
+def scores() -> None:
+    """Print every bar that the machines are held to: found, interval, pass or missed."""
+    sys.exit(run([setup(), "-m", "companion", "scores"], env=environment()))
+
+
 def real(*arguments: str) -> None:
     """Draw from published checkpoints with ours and diffusers', after asking (--help)."""
     reference("real", *arguments)
@@ -481,7 +486,7 @@ def usage() -> str:
 
 TARGETS = {
     target.__name__: target
-    for target in (book, test, read, lab, notebooks, check, bench, real, setup, pins, clean)
+    for target in (book, test, read, lab, notebooks, check, bench, scores, real, setup, pins, clean)
 }
 
 

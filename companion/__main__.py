@@ -121,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--list", action="store_true", help="list the measurements and stop")
     measure.add_argument("--out", metavar="FILE", help="write there instead")
 
+    scores = commands.add_parser(
+        "scores",
+        help="every bar that the book's machines are held to, and what was found",
+        description="Print every bar with what was found, its 95 % interval, and pass or MISSED,"
+        " from the cards of the shipped weights and the stored measurements. Exit status 1 when"
+        " one was not measured, or with other weights than the shipped ones.",
+    )
+    scores.set_defaults(run=_scores)
+
     draw = commands.add_parser(
         "draw",
         help="draw a picture from words",
@@ -224,6 +233,20 @@ def _measure(chosen: argparse.Namespace) -> int:
     keep_memory()
     print(f"Written: {measure(chosen.name, chosen.out)}")
     return 0
+
+
+def _scores(chosen: argparse.Namespace) -> int:
+    from companion.bars import lines
+
+    found = lines()
+    print("        ch.", *found, sep="\n")
+    passed = [line.passed for line in found]
+    lacking = sum(line.found is None for line in found)
+    print(
+        f"{passed.count(True)} passed, {passed.count(False)} missed,"
+        f" {passed.count(None) - lacking} without a promise, {lacking} not measured"
+    )
+    return 1 if lacking else 0
 
 
 def _draw(chosen: argparse.Namespace) -> int:

@@ -26,7 +26,9 @@ from companion.schedule import Schedule
 from companion.scores import frechet
 from companion.train import hardware
 
-ROOMS = ("contest", "decoding", "factors", "mapping", "matching")  # that hold measurements
+ROOMS = (  # the other modules that hold measurements
+    "changing", "contest", "decoding", "examination", "factors", "guiding", "mapping", "matching",
+)  # fmt: skip
 SEEDS = (0, 1, 2)  # of what is measured three times
 RESULTS = Path(__file__).resolve().parents[1] / "book" / "results"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "noise-to-pictures" / "results"

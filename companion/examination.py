@@ -1,0 +1,181 @@
+"""The thousand prompts, drawn by a whole system and read by the judge at 64 x 64 pixels.
+
+One picture a prompt, no second try (``prompts``). Beside each system's marks stand those of true
+pictures of the same prompts, and of true pictures sent through the system's last stages: no system
+can do better than its own way back to large pictures lets it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from companion.dalle2 import DALLE2
+from companion.judge import Judge
+from companion.measure import measurement
+from companion.prompts import Prompt, marks, prompts, variety
+from companion.recipes.upsamplers import FACTOR, upsample
+from companion.scores import frechet, interval
+from companion.storybook import Facts, render
+
+SIZE, TOGETHER, SEED = 64, 50, 0
+DALLE2_GUIDANCE, PRIOR_GUIDANCE, CANDIDATES = 3.0, 2.0, 2
+OPEN, EACH = 20, 50  # prompts that leave things open, and pictures of each, for variety
+
+Draw = Callable[[Sequence[Prompt], torch.Generator], Tensor]
+
+
+def in_parts(draw: Draw, asked: Sequence[Prompt], seed: int = SEED) -> Tensor:
+    """``draw`` for all prompts, fifty at a time; every way starts from the same seed."""
+    g = torch.Generator().manual_seed(seed)
+    parts = range(0, len(asked), TOGETHER)
+    return torch.cat([draw(asked[i : i + TOGETHER], g).cpu() for i in parts])
+
+
+def agreement(one: Sequence[Facts | None], other: Sequence[Facts | None]) -> list[bool]:
+    """Of all facts that the first judge reads, which the second one reads alike."""
+    same = []
+    for a, b in zip(one, other, strict=True):
+        if a is None or b is None:
+            same.append(a is b)
+            continue
+        same += [a.sky == b.sky, a.place == b.place, a.stream == b.stream]
+        same.append(len(a.things) == len(b.things))
+        for s, t in zip(a.things, b.things, strict=False):
+            same += [s.kind == t.kind, s.colour == t.colour, s.position == t.position]
+    return same
+
+
+@torch.no_grad()
+def examine(ways: dict[str, Draw], asked: Sequence[Prompt]) -> dict[str, Any]:
+    """Marks for every way of making pictures, beside those of the true pictures.
+
+    Args:
+        ways: By name, prompts to pictures (B, 3, 64, 64) in [0, 1].
+        asked: The prompts.
+
+    Returns:
+        For each way and for "true pictures": ``marks``; the judges' ``agreement``, and how far
+        apart the two judges' shares of wholly right pictures are; the Fréchet distance from the
+        true pictures in the judge's features.
+    """
+    judge, second = Judge.from_pretrained(), Judge.from_pretrained("judge-second")
+    true = torch.cat(
+        [
+            render([p.scene for p in asked[i : i + TOGETHER]], SIZE)
+            for i in range(0, len(asked), TOGETHER)
+        ]
+    )
+    real, found = judge.features(true), {}
+    for name, draw in {"true pictures": lambda *_: true, **ways}.items():
+        shown = true if name == "true pictures" else in_parts(draw, asked)
+        read, again = judge.read(shown), second.read(shown)
+        same = agreement(read, again)
+        whole = [
+            [s is not None and p.facts.holds_for(s) for p, s in zip(asked, r, strict=True)]
+            for r in (read, again)
+        ]
+        found[name] = {
+            "marks": marks(asked, read),
+            "judges agree on facts": interval(sum(same), len(same)),
+            "wholly right, second judge less first": (sum(whole[1]) - sum(whole[0])) / len(asked),
+            "Fréchet distance": frechet(real, judge.features(shown)),
+        }
+    return found
+
+
+@torch.no_grad()
+def varied(draw: Draw, asked: Sequence[Prompt]) -> dict[str, dict[str, float]]:
+    """How varied what prompts leave open is, drawn and true: mean of ``variety`` over prompts.
+
+    True pictures have what the world has: fresh scenes of which the prompt's words hold.
+    """
+    judge, found = Judge.from_pretrained(), {}
+    for prompt in asked:
+        shown = in_parts(draw, [prompt] * EACH)
+        for what, count in variety(judge.read(shown), prompt.facts).items():
+            found.setdefault(what, []).append(count)
+    return {
+        what: {"possibilities": sum(counts) / len(counts), "prompts": len(counts)}
+        for what, counts in found.items()
+    }
+
+
+def loose(asked: Sequence[Prompt], n: int = OPEN) -> list[Prompt]:
+    """Prompts that leave sky or place open, ``n`` of them."""
+    return [p for p in asked if None in (p.facts.sky, p.facts.place) and not p.held_out][:n]
+
+
+# --- DALL·E 2 -------------------------------------------------------------------------------------
+
+
+def dalle2() -> DALLE2:
+    """The book's own, up to 64 x 64: without the second upsampler."""
+    return DALLE2.from_pretrained(
+        "storybook", super_res_second=None, super_res_second_scheduler=None
+    )
+
+
+def dalle2_draws(pipe: DALLE2) -> Draw:
+    """Text to picture, as the examination has it."""
+
+    def draw(asked: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        return pipe(
+            [p.text for p in asked],
+            guidance_scale=DALLE2_GUIDANCE,
+            prior_guidance_scale=PRIOR_GUIDANCE,
+            candidates=CANDIDATES,
+            generator=generator,
+            truncate=True,
+        )
+
+    return draw
+
+
+def dalle2_returns(pipe: DALLE2) -> Draw:
+    """A true picture to its place in CLIP's space, and from there back to a picture."""
+
+    def draw(asked: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        true = render([p.scene for p in asked], SIZE)
+        return pipe.variations(true, guidance_scale=DALLE2_GUIDANCE, generator=generator)
+
+    return draw
+
+
+def dalle2_enlarges(pipe: DALLE2) -> Draw:
+    """A true picture at 16 x 16, drawn large: the ceiling."""
+
+    def draw(asked: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        small = F.avg_pool2d(render([p.scene for p in asked], SIZE), FACTOR)
+        return upsample(pipe.super_res_first, small, generator)
+
+    return draw
+
+
+@measurement(
+    "text-to-picture",
+    "DALL·E 2 on the thousand prompts at 64 x 64 pixels, one picture each, read by the judge; true"
+    " pictures through CLIP's space and back, and through the upsampler; what the prompts leave"
+    " open",
+    minutes=25,
+    needs=(*DALLE2.made_of, "decoder/text_proj", "judge", "judge-second"),
+)
+def text_to_picture() -> dict[str, Any]:
+    """What chapter 9 prints, and ``make scores``."""
+    pipe, asked = dalle2(), prompts()
+    ways = {
+        "from words": dalle2_draws(pipe),
+        "true pictures, through CLIP and back": dalle2_returns(pipe),
+        "true pictures, small and enlarged": dalle2_enlarges(pipe),
+    }
+    return {
+        "guidance_scale": DALLE2_GUIDANCE,
+        "prior_guidance_scale": PRIOR_GUIDANCE,
+        "candidates": CANDIDATES,
+        "seed": SEED,
+        "prompts": len(asked),
+        "ways": examine(ways, asked),
+        "variety": varied(dalle2_draws(pipe), loose(asked)),
+    }
