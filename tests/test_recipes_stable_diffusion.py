@@ -62,14 +62,28 @@ def test_latents_are_scaled_clouds_of_the_pictures(pool):
     assert batch["x0"].std().item() == pytest.approx(1, abs=0.1)
 
 
-def test_some_captions_are_left_out(pool):
+def test_some_captions_are_left_out(pool, monkeypatch):
     nothing = pool.clip.read([""]).states[0]
     for share in (0.0, 0.1, 1.0):
         g = torch.Generator().manual_seed(1)
+        monkeypatch.setattr(recipe, "SHOWN", 0.0)
         states = torch.cat([pool.batch(torch.arange(128), g, share)["states"] for _ in range(3)])
         empty = [torch.allclose(s, nothing, atol=1e-5) for s in states]
         assert abs(sum(empty) / len(empty) - share) < 0.06
     assert recipe.NO_CAPTION == 0.1
+
+
+def test_one_batch_in_five_is_told_by_the_pictures_themselves(pool, tiny, monkeypatch):
+    g = torch.Generator().manual_seed(2)
+    lengths = [pool.batch(torch.arange(2), g, 0.1)["states"].shape[1] for _ in range(200)]
+    patches = 1 + (64 // pool.clip.clip.config.vision_config.patch_size) ** 2
+    assert set(lengths) == {pool.clip.tokenizer.context, patches} and recipe.SHOWN == 0.2
+    assert 0.12 < lengths.count(patches) / 200 < 0.28
+    monkeypatch.setattr(recipe, "SHOWN", 1.0)
+    shown = pool.batch(torch.arange(4), g, 0.1)["states"]
+    pictures = render(pool.fold(0).about[:4], 64)
+    pipe = recipe.assemble(pool.clip, pool.vae, tiny)
+    torch.testing.assert_close(shown, pipe.encode_picture_prompts(pictures), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_trained_on_does_not_depend_on_what_was_asked_before(pool):
@@ -97,7 +111,7 @@ def test_a_step_predicts_the_noise_on_stable_diffusions_schedule(pool):
 
 def test_the_network_that_the_recipe_builds_fits_its_parts(pool):
     unet = MAIN.model(pool)
-    assert 3e6 < sum(p.numel() for p in unet.parameters()) < 6e6
+    assert 2e6 < sum(p.numel() for p in unet.parameters()) < 6e6
     pipe = recipe.assemble(pool.clip, pool.vae, unet)
     drawn = pipe("a red house", steps=2, guidance_scale=2.0, seed=0, truncate=True)
     assert drawn.shape == (1, 3, 64, 64)

@@ -1,7 +1,8 @@
 """Stable Diffusion's U-Net: noise in latents of 8 x 8 x 4, told of by CLIP's text states.
 
 Rombach et al. 2022, with the choices of Stable Diffusion 1: a frozen autoencoder, a frozen CLIP
-text encoder whose last states are looked at, the noise as target, one caption in ten left out.
+text encoder whose last states are looked at, the noise as target, one caption in ten left out. One
+batch in five is told by the states of CLIP's picture tower instead, for ``image_prompt=``.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from companion.storybook import Scene, caption, render, sample
 from companion.train import Recipe, generator, pick
 from companion.unet import UNet, UNetConfig
 
-WIDTHS = (80, 128)  # at 8 x 8 and at 4 x 4, both looking at the text
+WIDTHS = (64, 112)  # at 8 x 8 and at 4 x 4, both looking at the text
+SHOWN = 0.2  # share of the batches that are told by the pictures themselves
 NO_CAPTION = 0.1  # share left out, for guidance (model card of Stable Diffusion 1.4)
 STEPS, GUIDANCE = 25, 4.0
 FRESH = 83  # the seed of scenes to look at, which no training draws from
@@ -63,7 +65,7 @@ class Latents(Encoded):
     def batch(
         self, indices: Tensor, generator: torch.Generator, dropped: float
     ) -> dict[str, Tensor]:
-        """Latents and the states of captions.
+        """Latents, and the states of captions or, now and then, of the pictures.
 
         Args:
             indices: Numbers of the samples, (B,).
@@ -71,7 +73,8 @@ class Latents(Encoded):
             dropped: Share of the captions that are replaced by the empty one.
 
         Returns:
-            ``x0`` (B, 4, 8, 8), drawn from its cloud and scaled; ``states`` (B, N, K).
+            ``x0`` (B, 4, 8, 8), drawn from its cloud and scaled; ``states`` (B, N, K), or all of
+            the pictures (B, 1 + patches, K).
         """
         n = len(self)
         later = pick(indices, n).tolist()
@@ -79,11 +82,26 @@ class Latents(Encoded):
         found = [(self.fold(i // GROUP), i % GROUP) for i in places]
         texts = [self.say(group.about[k], generator) for group, k in found]
         kept = (torch.rand(len(texts), generator=generator) >= dropped).tolist()
-        words = self.clip.read([text if k else "" for text, k in zip(texts, kept, strict=True)])
+        if torch.rand((), generator=generator) < SHOWN:
+            states = self.show(places)
+        else:
+            said = [text if k else "" for text, k in zip(texts, kept, strict=True)]
+            states = self.clip.read(said).states
         mean = torch.stack([group.mean[k] for group, k in found])
         log_variance = torch.stack([group.log_variance[k] for group, k in found])
         z = Posterior(mean, log_variance).sample(generator)
-        return {"x0": self.vae.config.scaling_factor * z, "states": words.states}
+        return {"x0": self.vae.config.scaling_factor * z, "states": states}
+
+    @torch.no_grad()
+    def show(self, places: list[int]) -> Tensor:
+        """The states of CLIP's picture tower for pictures by number, (B, 1 + patches, K)."""
+        if self.rows is None:
+            pictures = render([self.fold(i // GROUP).about[i % GROUP] for i in places], SIZE)
+        else:
+            pictures = self._read([self.used[i] for i in places])[1]
+        tower, size = self.clip.clip.vision_model, self.clip.clip.config.vision_config.image_size
+        # CLIP norms only the first, which it compares; all are, as in ``encode_picture_prompts``
+        return tower.post_layernorm(tower(self.clip.preparation(pictures, size)).states)
 
 
 def build(latents: Latents) -> UNet:
@@ -210,13 +228,15 @@ RECIPES = (
         sample=look,
         score=score,
         needs=("autoencoder", "clip", "judge"),
-        steps=6000,
+        steps=3600,
         batch_size=64,
         chunk=64,
-        learning_rate=1e-3,
-        minutes=90,
+        learning_rate=2e-3,
+        minutes=60,
         warmup=200,
         decay="late",
+        optimiser="muon",
+        betas=(0.9, 0.99),
         ema=0.999,
         dtype="float16",
         data_about="40,000 Storybook scenes, each with a new caption whenever it is seen",
