@@ -4,12 +4,13 @@ Read it from the ground floor up: ``storybook`` (the picture world), ``data`` an
 first. ``README.md`` has a table of the rooms. Importing this package loads nothing but its version,
 so that ``import companion`` is quick; import the room that you need, as in
 ``from companion import schedule``.
-The whole systems, ``StableDiffusion`` and ``DALLE2``, are here too, and loaded when asked for.
+The whole systems, ``StableDiffusion``, ``DALLE2`` and ``Imagen``, are here too, and loaded when
+asked for.
 """
 
 __version__ = "0.1.0"
 
-_SYSTEMS = {"DALLE2": "dalle2", "StableDiffusion": "stable_diffusion"}
+_SYSTEMS = {"DALLE2": "dalle2", "Imagen": "imagen", "StableDiffusion": "stable_diffusion"}
 
 
 def __getattr__(name: str) -> type:

@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         metavar="MODEL",
         required=True,
-        help="stable-diffusion or dalle2, the book's own; or a folder; or a hub id",
+        help="stable-diffusion, dalle2 or imagen, the book's own; or a folder; or a hub id",
     )
     draw.add_argument("--out", metavar="FILE", default="picture.png", help="a .png (picture.png)")
     draw.add_argument("--seed", type=int, metavar="N", help="default: a new one each time")

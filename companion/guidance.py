@@ -62,3 +62,35 @@ def classifier_free(
         return x0 if fraction is None else (x0, fraction.chunk(2)[1])
 
     return guided
+
+
+def thresholded(denoise: Denoiser, percentile: float | None = 0.995) -> Denoiser:
+    """A denoiser whose answers stay where pictures are, from -1 to 1.
+
+    Strong guidance drives answers out of that range, and from there the next step starts. *Static*
+    thresholding cuts off what lies outside; pictures become saturated patches. *Dynamic*
+    thresholding (Saharia et al. 2022, arXiv 2205.11487, section 2.3) takes s, the percentile of a
+    picture's absolute values, and where s is above 1 clips to [-s, s] and divides by s.
+
+    Args:
+        denoise: ``denoise(x, t)`` -> clean pictures (B, C, H, W), or (clean pictures, fraction).
+        percentile: From 0 to 1, of each picture by itself; None: static.
+
+    Returns:
+        ``bounded(x, t)``, for ``samplers``.
+    """
+    if percentile is not None:
+        errors.number("percentile", percentile, low=0, high=1)
+
+    def bounded(x: Tensor, t: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        answer = denoise(x, t)
+        x0, *fraction = answer if isinstance(answer, tuple) else (answer,)
+        if percentile is None:
+            x0 = x0.clamp(-1, 1)
+        else:
+            s = x0.flatten(1).abs().quantile(percentile, dim=1).clamp(min=1)
+            s = s.view(-1, *[1] * (x0.ndim - 1))
+            x0 = x0.clamp(-s, s) / s
+        return (x0, *fraction) if fraction else x0
+
+    return bounded

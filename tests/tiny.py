@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from companion.adm import PLAIN, ADMConfig, ADMUNet
+from companion.adm import CROSS, PLAIN, ADMConfig, ADMUNet
 from companion.autoencoder import Autoencoder, AutoencoderConfig
 from companion.clip import (
     CLIP,
@@ -17,6 +17,7 @@ from companion.clip import (
     halves,
 )
 from companion.dalle2 import DALLE2
+from companion.imagen import Imagen, own_scheduler
 from companion.preparation import Preparation
 from companion.prior import Prior, PriorConfig, TextProjection, TextProjectionConfig
 from companion.schedule import Schedule
@@ -98,6 +99,32 @@ def upsampler(g: torch.Generator, size: int) -> ADMUNet:
         norm_num_groups=4, sample_size=size,
     )  # fmt: skip
     return lively(ADMUNet.fresh(config, g))
+
+
+def imagen() -> Imagen:
+    """8x8 pixels, then 16x16, told by states of words."""
+    g = torch.Generator().manual_seed(0)
+    tokenizer = words()
+
+    def unet(channels: int, size: int, **told) -> ADMUNet:
+        config = ADMConfig(
+            in_channels=channels, out_channels=3, block_out_channels=(8, 8),
+            down_block_types=(PLAIN[0], CROSS[0]), up_block_types=(CROSS[1], PLAIN[1]),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn", cross_attention_dim=D,
+            resnet_time_scale_shift="scale_shift", layers_per_block=1, attention_head_dim=4,
+            norm_num_groups=4, sample_size=size, **told,
+        )  # fmt: skip
+        return lively(ADMUNet.fresh(config, g))
+
+    projected = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": D}
+    return Imagen(
+        scheduler=own_scheduler(),
+        super_res=unet(6, 16, class_embed_type="timestep"),
+        super_res_scheduler=own_scheduler(),
+        text_encoder=CLIPText.fresh(text(tokenizer), g).eval(),
+        tokenizer=tokenizer,
+        unet=unet(3, 8, **projected),
+    )
 
 
 OWN = {
