@@ -54,7 +54,8 @@ def straight_line(texts: Tensor, pictures: Tensor) -> Tensor:
     pictures that fit a caption. The last row is added to all.
     """
     x = torch.cat([texts, torch.ones(len(texts), 1).to(texts)], dim=1).double()
-    return torch.linalg.lstsq(x, pictures.double(), driver="gelsd").solution.to(texts.dtype)
+    found = torch.linalg.lstsq(x, pictures.double(), rcond=1e-5, driver="gelsd")
+    return found.solution.to(texts.dtype)
 
 
 def paired(a: Sequence[bool], b: Sequence[bool], resamples: int = 10_000) -> dict[str, float]:
