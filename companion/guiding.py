@@ -386,6 +386,7 @@ def guidance_bill(
     copies: int = COPIES,
     exam: int = EXAM,
     ways: int = 100,
+    texts: Sequence[str] = REQUESTS,
 ) -> dict[str, Any]:
     """Chapter 6's tables.
 
@@ -395,8 +396,9 @@ def guidance_bill(
         copies: Pictures of each request.
         exam: Prompts of the fixed list.
         ways: Of these, how many are told through one entry only.
+        texts: The requests.
     """
-    drawer, asked = Guided(), Requests(copies=copies)
+    drawer, asked = Guided(), Requests(texts, copies)
     classifier = NoisedClassifier.from_pretrained().requires_grad_(False)
 
     seen = {f"{s:g}": asked.look(drawer.draw(asked.rows, asked.seeds, s)) for s in scales}
@@ -410,16 +412,16 @@ def guidance_bill(
     truth = asked.look(asked.true())
 
     listed = [p for p in prompts() if not p.held_out][:exam]
-    texts, seeds = [p.text for p in listed], list(range(exam))
+    captions, seeds = [p.text for p in listed], list(range(exam))
     real = small([p.scene for p in listed])
-    drawn = {f"{s:g}": drawer.draw(texts, seeds, s) for s in scales}
+    drawn = {f"{s:g}": drawer.draw(captions, seeds, s) for s in scales}
     table = {name: examined(asked.judge, listed, x, real) for name, x in drawn.items()}
     by_way = {"both": drawn[f"{WAY_SCALE:g}"][:ways]} if WAY_SCALE in scales else {}
     for name, entry in (
         ("a vector", WAYS["caption"][:1]),
         ("a row of tokens", WAYS["caption"][1:]),
     ):
-        by_way[name] = drawer.draw(texts[:ways], seeds[:ways], WAY_SCALE, entries=entry)
+        by_way[name] = drawer.draw(captions[:ways], seeds[:ways], WAY_SCALE, entries=entry)
     return {
         "requests": list(asked.texts),
         "copies": copies,
