@@ -8,5 +8,16 @@ Each chapter registers its checks in a module of its own; the tests run the solu
 in the notebook, and several plausible wrong answers, through the same check.
 """
 
-from companion.exercises import chapter01, chapter02, chapter03, chapter04, chapter05, chapter14
+from companion.exercises import (
+    chapter01,
+    chapter02,
+    chapter03,
+    chapter04,
+    chapter05,
+    chapter06,
+    chapter07,
+    chapter08,
+    chapter09,
+    chapter14,
+)
 from companion.exercises.checking import CHECKS, NotYet, check, exercise, verdict

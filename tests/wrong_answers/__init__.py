@@ -1,6 +1,17 @@
 """Plausible wrong answers, a module a chapter; ``WRONG`` has them all."""
 
-from . import chapter01, chapter02, chapter03, chapter04, chapter05, chapter14
+from . import (
+    chapter01,
+    chapter02,
+    chapter03,
+    chapter04,
+    chapter05,
+    chapter06,
+    chapter07,
+    chapter08,
+    chapter09,
+    chapter14,
+)
 
 WRONG = [
     *chapter01.WRONG,
@@ -8,5 +19,9 @@ WRONG = [
     *chapter03.WRONG,
     *chapter04.WRONG,
     *chapter05.WRONG,
+    *chapter06.WRONG,
+    *chapter07.WRONG,
+    *chapter08.WRONG,
+    *chapter09.WRONG,
     *chapter14.WRONG,
 ]
