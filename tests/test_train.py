@@ -672,7 +672,7 @@ def beside_a_tiny_clip(tmp_path_factory) -> Path:
 @pytest.fixture
 def a_tiny_clip(name, beside_a_tiny_clip, monkeypatch) -> None:
     """What builds on CLIP builds on a tiny one here: quick, and whether one is shipped or not."""
-    if "clip" in RECIPES[name].needs:
+    if {"clip", "language-model"} & {*RECIPES[name].needs}:
         monkeypatch.setattr(checkpoints, "WEIGHTS", beside_a_tiny_clip)
 
 

@@ -1,4 +1,4 @@
-"""A folder of weights with a tiny CLIP that knows nothing, for recipes that build on one."""
+"""Weights of a tiny CLIP and a tiny language model that know nothing, for what builds on them."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from companion import checkpoints
-from companion.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from companion.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVisionConfig
 from companion.preparation import Preparation
 from companion.recipes.clip import spoken
 from companion.storybook import sample
@@ -16,7 +16,7 @@ WIDTH, CONTEXT = 32, 40
 
 
 def write(weights: Path) -> Path:
-    """``weights/clip`` as the recipe would write it, and whatever else is shipped beside it."""
+    """``clip`` and ``language-model`` as recipes would write them, and whatever else is shipped."""
     g = torch.Generator().manual_seed(0)
     captions = [spoken(scene, g)[1] for scene in sample(300, g)]
     tokenizer = Tokenizer.train(captions, 640, CONTEXT)
@@ -45,7 +45,10 @@ def write(weights: Path) -> Path:
     CLIP.fresh(CLIPConfig(text, vision, WIDTH), g).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Preparation.usual(64).save_pretrained(folder)
+    reader = weights / "language-model"
+    CLIPText.fresh(text, g).save_pretrained(reader)
+    tokenizer.save_pretrained(reader)
     for shipped in checkpoints.WEIGHTS.iterdir():
-        if shipped.is_dir() and shipped.name != "clip":
+        if shipped.is_dir() and shipped.name not in ("clip", "language-model"):
             shutil.copytree(shipped, weights / shipped.name)
     return weights

@@ -9,6 +9,7 @@ from companion.recipes import (
     clip,
     decoder,
     digits,
+    imagen,
     judges,
     noised,
     priors,
@@ -35,6 +36,7 @@ FAMILIES = (
     upsamplers,
     noised,
     stable_diffusion,
+    imagen,
 )
 
 RECIPES: dict[str, Recipe] = {

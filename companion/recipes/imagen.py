@@ -1,0 +1,521 @@
+"""Imagen's three networks: a language model that only reads, a base, and an upsampler it tells.
+
+Saharia et al. 2022. The language model is trained first, on captions without a picture, and frozen;
+base and upsampler look at its states. Noise on a cosine, the noise as target, one caption in ten
+left out, as there. Smaller than the paper's in every way, and the language model is not T5: it
+predicts the next token, so a state knows only what stands before it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from companion import checkpoints, data, diffusion
+from companion.adm import CROSS, PLAIN, ADMConfig, ADMUNet
+from companion.clip import CLIPText, CLIPTextConfig
+from companion.imagen import Imagen, Told, own_scheduler, told_of
+from companion.judge import Judge
+from companion.preparation import scaled
+from companion.prompts import Prompt, marks, prompts
+from companion.recipes.clip import spoken
+from companion.recipes.encoded import GROUP, SIZE, SMALL, from_bytes, to_bytes
+from companion.recipes.priors import mean_of
+from companion.recipes.upsamplers import FACTOR, windows
+from companion.schedule import Schedule
+from companion.scores import frechet
+from companion.storybook import Scene, caption, render, sample
+from companion.tokenizer import Tokenizer
+from companion.train import Recipe, generator, pick
+
+LAYERS, HEADS, WIDTH = 3, 4, 128
+SCENES = 40_000
+NO_CAPTION = 0.1  # share left out, for guidance (section 2.2)
+CROP = 32  # of the large picture, that a step of the upsampler sees
+MOST = 500  # timestep up to which the small picture is noised in training
+STEPS, GUIDANCE = 25, 3.0
+FRESH = 97  # the seed of scenes for the score, which no training draws from
+
+
+# --- the language model ---------------------------------------------------------------------------
+
+
+class Captions:
+    """Texts alone: what can be said of Storybook scenes, or the captions of a reader's folder.
+
+    The pieces are CLIP's (``companion/weights/clip``), which were learnt from captions alone too.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.tokenizer = Tokenizer.from_pretrained(checkpoints.WEIGHTS / "clip")
+        texts = None if folder is None else data.ImageFolder(folder, SIZE).texts
+        self.texts = (
+            texts
+            if texts is None or len(texts) < 20
+            else [text for i, text in enumerate(texts) if i % 10 != 9]
+        )
+        self.kept = [] if texts is None else texts[9::10] or texts
+
+    def __len__(self) -> int:
+        return 0 if self.texts is None else len(self.texts)
+
+    def say(self, indices: Tensor, generator: torch.Generator) -> list[str]:
+        """A caption for each sample."""
+        if self.texts is None:
+            return [spoken(scene, generator)[1] for scene in sample(len(indices), generator)]
+        return [self.texts[i] for i in pick(indices, len(self.texts)).tolist()]
+
+    def apart(self, n: int, *, held_out: bool = False) -> list[str]:
+        """At most ``n`` captions that are not trained on."""
+        if self.texts is not None:
+            return self.kept[:n]
+        g = torch.Generator().manual_seed(FRESH)
+        return [spoken(scene, g)[1] for scene in sample(n, g, held_out=held_out)]
+
+
+def reader(captions: Captions) -> CLIPText:
+    """CLIP's causal text tower, fresh."""
+    pieces = captions.tokenizer
+    return CLIPText(
+        CLIPTextConfig(
+            vocab_size=len(pieces),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=pieces.context,
+            bos_token_id=pieces.start_id,
+            eos_token_id=pieces.end_id,
+            pad_token_id=pieces.pad_id,
+        )
+    )
+
+
+def caption_batch(
+    indices: Tensor, generator: torch.Generator, captions: Captions
+) -> dict[str, Tensor]:
+    """Token numbers (B, N), and which of them are text."""
+    tokens = captions.tokenizer(captions.say(indices, generator), truncate=True)
+    return {"ids": tokens.ids, "mask": tokens.mask}
+
+
+def next_token_loss(
+    model: CLIPText, batch: dict[str, Tensor], captions: object
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of each token given all before it, in nats a token.
+
+    The table of token embeddings is used twice: on the way in, and as the directions that states
+    are compared with (Press and Wolf 2017), so the folder needs nothing beside the tower.
+    """
+    ids, mask = batch["ids"], batch["mask"].bool()
+    table = model.text_model.embeddings.token_embedding.weight
+    logits = model(ids).states[:, :-1] @ table.T
+    wanted = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+    right = (logits.argmax(-1) == wanted)[mask[:, 1:]].float().mean()
+    return F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten()), {"right": right}
+
+
+@torch.no_grad()
+def read_score(model: CLIPText, captions: Captions) -> dict[str, object]:
+    """Nats a token on captions apart; for Storybook also on those of held-out combinations."""
+    found = {}
+    sets = {"": captions.apart(1000)}
+    if captions.texts is None:
+        sets[", held-out combinations"] = captions.apart(1000, held_out=True)
+    for name, texts in sets.items():
+        tokens = captions.tokenizer(texts, truncate=True)
+        parts = zip(tokens.ids.split(100), tokens.mask.split(100), strict=True)
+        each = [next_token_loss(model, {"ids": i, "mask": m}, None)[0] for i, m in parts]
+        value = torch.stack(each)
+        found[f"nats a token, fresh captions{name}"] = (
+            mean_of(value) if len(value) > 1 else value.item()
+        )
+    return found
+
+
+# --- what the U-Nets train on ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some pictures, at 64 and at 16 pixels, and what can be said of them."""
+
+    about: list[Scene] | list[str]
+    large: Tensor  # (G, 3, 64, 64) uint8
+    small: Tensor  # (G, 3, 16, 16) uint8
+
+
+class Read:
+    """Pictures by number, each drawn once, and captions as the frozen language model reads them.
+
+    Args:
+        folder: The reader's ``imagefolder``, of which every tenth is kept for the score.
+        scenes: How many Storybook scenes there are.
+    """
+
+    def __init__(self, folder: Path | None = None, scenes: int = SCENES) -> None:
+        where = checkpoints.WEIGHTS / "language-model"
+        self.text = CLIPText.from_pretrained(where).requires_grad_(False)
+        self.tokenizer = Tokenizer.from_pretrained(where)
+        self.rows = None if folder is None else data.ImageFolder(folder, SIZE)
+        n = scenes if self.rows is None else len(self.rows)
+        apart = self.rows is not None and n >= 20
+        self.used = [i for i in range(n) if not (apart and i % 10 == 9)]
+        self.kept = [i for i in range(n) if apart and i % 10 == 9]
+        self._groups: dict[int, Group] = {}
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    @torch.no_grad()
+    def read(self, texts: list[str]) -> Told:
+        """Captions to what the U-Nets are told; long ones are cut."""
+        tokens = self.tokenizer(texts, truncate=True)
+        states = torch.cat([self.text(ids).states for ids in tokens.ids.split(GROUP)])
+        return told_of(states, tokens.mask)
+
+    def group(self, number: int) -> Group:
+        """Pictures to train on, from ``number * 64`` on."""
+        if number not in self._groups:
+            places = self.used[number * GROUP : (number + 1) * GROUP]
+            if self.rows is None:
+                about = sample(len(places), generator(0, "scenes of Imagen", number))
+                pictures = render(about, SIZE)
+            else:
+                about, pictures = self._read(places)
+            large = (255 * pictures).round().to(torch.uint8)
+            self._groups[number] = Group(about, large, to_bytes(pictures))
+        return self._groups[number]
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures (B, 3, 64, 64) and (B, 3, 16, 16) in [-1, 1] and captions, one in ten empty."""
+        n = len(self)
+        later = pick(indices, n).tolist()
+        places = [i if i < n else later[k] for k, i in enumerate(indices.tolist())]
+        found = [(self.group(i // GROUP), i % GROUP) for i in places]
+        texts = []
+        for group, k in found:
+            about = group.about[k]
+            texts.append(about if isinstance(about, str) else spoken(about, generator)[1])
+        kept = (torch.rand(len(texts), generator=generator) >= NO_CAPTION).tolist()
+        told = self.read([text if k else "" for text, k in zip(texts, kept, strict=True)])
+        return told._asdict() | {
+            "large": from_bytes(torch.stack([group.large[k] for group, k in found])),
+            "small": from_bytes(torch.stack([group.small[k] for group, k in found])),
+        }
+
+    def apart(self, n: int) -> tuple[Tensor, list[str]]:
+        """At most ``n`` of a folder's pictures that are not trained on, and their captions."""
+        about, pictures = self._read((self.kept or self.used)[:n])
+        return pictures, about
+
+    def _read(self, places: list[int]) -> tuple[list[str], Tensor]:
+        rows = [self.rows[i] for i in places]
+        return [row["text"] for row in rows], torch.stack([row["picture"] for row in rows])
+
+
+# --- the base -------------------------------------------------------------------------------------
+
+
+def base(read: Read) -> ADMUNet:
+    """The decoder's layout, told by states and by their mean."""
+    return _unet(read, 3, (40, 80, 112), SMALL, projection=True)
+
+
+def upsampler(read: Read) -> ADMUNet:
+    """Text-conditional, told how noisy the small picture under the noisy one is (section 2.4)."""
+    return _unet(read, 6, (24, 40, 64), SIZE, projection=False)
+
+
+def _unet(
+    read: Read, channels: int, widths: tuple[int, ...], size: int, projection: bool
+) -> ADMUNet:
+    n, width = len(widths), read.text.config.hidden_size
+    looking = n - 1 if projection else 1  # levels that look at the text, from the lowest
+    config = ADMConfig(
+        in_channels=channels,
+        out_channels=3,
+        block_out_channels=widths,
+        down_block_types=(PLAIN[0],) * (n - looking) + (CROSS[0],) * looking,
+        up_block_types=(CROSS[1],) * looking + (PLAIN[1],) * (n - looking),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        layers_per_block=1,
+        attention_head_dim=16,
+        cross_attention_dim=width,
+        resnet_time_scale_shift="scale_shift",
+        class_embed_type="projection" if projection else "timestep",
+        projection_class_embeddings_input_dim=width if projection else None,
+        norm_num_groups=8,
+        sample_size=size,
+    )
+    return ADMUNet(config)
+
+
+def base_batch(indices: Tensor, generator: torch.Generator, read: Read) -> dict[str, Tensor]:
+    """Small pictures, captions, and what they are noised with."""
+    found = read.batch(indices, generator)
+    del found["large"]
+    x0 = found.pop("small")
+    return found | {
+        "x0": x0,
+        "noise": torch.randn(x0.shape, generator=generator),
+        "t": torch.randint(1000, (len(x0),), generator=generator),
+    }
+
+
+def base_loss(model: ADMUNet, batch: dict[str, Tensor], read: object) -> tuple[Tensor, dict]:
+    """L_simple on the cosine schedule."""
+    x_t = Schedule.cosine().add_noise(batch["x0"], batch["noise"], batch["t"])
+    answer = model(x_t, batch["t"], batch["states"], batch["pooled"], batch["mask"])
+    return diffusion.simple_loss(answer.to(x_t.dtype), batch["noise"]), {}
+
+
+# --- the upsampler --------------------------------------------------------------------------------
+
+
+def upsampler_batch(indices: Tensor, generator: torch.Generator, read: Read) -> dict[str, Tensor]:
+    """Crops of large pictures, the small ones noised to a level that is told, captions."""
+    found = read.batch(indices, generator)
+    large, small = found.pop("large"), found.pop("small")
+    n = len(large)
+    corners = FACTOR * torch.randint((SIZE - CROP) // FACTOR + 1, (n, 2), generator=generator)
+    level = torch.randint(MOST, (n,), generator=generator)
+    noise = torch.randn(small.shape, generator=generator)
+    noised = Schedule.cosine().add_noise(small, noise, level)
+    x0 = windows(large, corners, CROP)
+    return found | {
+        "x0": x0,
+        "below": windows(scaled(noised, (SIZE, SIZE)), corners, CROP),
+        "level": level,
+        "noise": torch.randn(x0.shape, generator=generator),
+        "t": torch.randint(1000, (n,), generator=generator),
+    }
+
+
+def upsampler_loss(model: ADMUNet, batch: dict[str, Tensor], read: object) -> tuple[Tensor, dict]:
+    """L_simple; the noised small picture lies under the noisy large one."""
+    x_t = Schedule.cosine().add_noise(batch["x0"], batch["noise"], batch["t"])
+    both = torch.cat([x_t, batch["below"]], dim=1)
+    answer = model(both, batch["t"], batch["states"], batch["level"], batch["mask"])
+    return diffusion.simple_loss(answer.to(x_t.dtype), batch["noise"]), {}
+
+
+# --- drawing and scoring --------------------------------------------------------------------------
+
+
+def assemble(read: Read, unet: ADMUNet, super_res: ADMUNet) -> Imagen:
+    """The trained networks as one system."""
+    return Imagen(
+        scheduler=own_scheduler(),
+        super_res=super_res,
+        super_res_scheduler=own_scheduler(),
+        text_encoder=read.text,
+        tokenizer=read.tokenizer,
+        unet=unet,
+    )
+
+
+@torch.no_grad()
+def draw_small(
+    model: ADMUNet, read: Read, texts: list[str], g: torch.Generator, scale: float = GUIDANCE
+) -> Tensor:
+    """The base alone: captions to pictures (B, 3, 16, 16) in [0, 1], as the system draws them."""
+    system = assemble(read, model, _idle(read))
+    scheduler, found = system.scheduler, []
+    timesteps = scheduler.timesteps("ddpm", STEPS)
+    for i in range(0, len(texts), 50):
+        told = read.read(texts[i : i + 50])
+        null = Told(*(x.repeat_interleave(len(told.mask), 0) for x in read.read([""])))
+        denoise = system.drawing(told, null, scale, 0.95)
+        x = torch.randn(len(told.mask), 3, SMALL, SMALL, generator=g)
+        found.append(scheduler.walk("ddpm", denoise, x, timesteps, generator=g))
+    return data.to_unit(torch.cat(found))
+
+
+def _idle(read: Read) -> ADMUNet:
+    return upsampler(read).eval()
+
+
+def exam(model: ADMUNet, read: Read, asked: list[Prompt], seed: int = 0) -> dict[str, object]:
+    """What the judge reads from 16 x 16 pictures of prompts, enlarged by a bicubic."""
+    judge, g = Judge.from_pretrained(), torch.Generator().manual_seed(seed)
+    true = render([p.scene for p in asked], SIZE)
+    small = (from_bytes(to_bytes(true)) + 1) / 2
+    drawn = draw_small(model, read, [p.text for p in asked], g)
+    found, features = {}, {}
+    for name, shown in ((", true pictures", small), ("", drawn)):
+        pictures = scaled(shown, (SIZE, SIZE)).clamp(0, 1)
+        features[name] = judge.features(pictures)
+        found |= {f"{k}{name}": v for k, v in marks(asked, judge.read(pictures)).items()}
+    distance = frechet(*features.values())
+    return found | {f"Fréchet distance of {len(asked)} from the true ones": distance}
+
+
+@torch.no_grad()
+def base_score(model: ADMUNet, read: Read) -> dict[str, object]:
+    """The exam on the first 400 prompts; for a reader's folder, the loss on pictures apart."""
+    if read.rows is None:
+        return exam(model, read, list(prompts()[:400]))
+    return _kept_loss(model, read, base_batch, base_loss)
+
+
+@torch.no_grad()
+def upsampler_score(model: ADMUNet, read: Read) -> dict[str, object]:
+    """Against bicubic enlargement, on 300 pictures that were never trained on."""
+    if read.rows is not None:
+        return _kept_loss(model, read, upsampler_batch, upsampler_loss)
+    judge, g = Judge.from_pretrained(), torch.Generator().manual_seed(FRESH)
+    scenes = sample(300, g)
+    real, texts = render(scenes, SIZE), [caption(s, generator=g) for s in scenes]
+    small = F.avg_pool2d(real, FACTOR)
+    ways = {"bicubic": scaled(small, (SIZE, SIZE)).clamp(0, 1)}
+    for level in (0, 100):
+        drawn = [
+            enlarge(model, read, small[i : i + 50], texts[i : i + 50], g, level)
+            for i in range(0, len(small), 50)
+        ]
+        ways[f"upsampled, noise up to timestep {level}"] = torch.cat(drawn)
+    features = {name: judge.features(x) for name, x in {"real": real, **ways}.items()}
+    found: dict[str, object] = {}
+    for name in ways:
+        distance = frechet(features["real"], features[name])
+        found[f"Fréchet distance from the true pictures, {name}"] = distance
+        error = (ways[name] - real).square().flatten(1).mean(1)
+        found[f"PSNR in dB, {name}"] = (-10 * error.log10()).mean().item()
+    return found
+
+
+@torch.no_grad()
+def enlarge(
+    model: ADMUNet,
+    read: Read,
+    small: Tensor,
+    texts: list[str],
+    g: torch.Generator,
+    augmentation: int,
+    steps: int = 10,
+    scale: float = 1.0,
+) -> Tensor:
+    """Small pictures (B, 3, 16, 16) in [0, 1] to (B, 3, 64, 64), as the system enlarges them."""
+    system = assemble(read, base(read).eval(), model)
+    scheduler = system.super_res_scheduler
+    signed, told = data.to_signed(small), read.read(texts)
+    null = Told(*(x.repeat_interleave(len(small), 0) for x in read.read([""])))
+    noise = torch.randn(signed.shape, generator=g)
+    below = system.laid_over(signed, noise, augmentation, (SIZE, SIZE))
+    denoise = system.enlarging(below, augmentation, told, null, scale, None)
+    x = torch.randn(len(small), 3, SIZE, SIZE, generator=g)
+    timesteps = scheduler.timesteps("ddpm", steps)
+    return data.to_unit(scheduler.walk("ddpm", denoise, x, timesteps, generator=g))
+
+
+def _kept_loss(model: ADMUNet, read: Read, batch, loss) -> dict[str, float]:
+    """The loss on pictures of a reader's folder that were kept apart."""
+    used, read.used = read.used, read.kept or read.used
+    groups, read._groups = read._groups, {}
+    try:
+        g = torch.Generator().manual_seed(FRESH)
+        value, _ = loss(model, batch(torch.arange(min(200, len(read))), g, read), read)
+    finally:
+        read.used, read._groups = used, groups
+    return {"squared error of the noise, pictures kept apart": value.item()}
+
+
+@torch.no_grad()
+def look_at_base(model: ADMUNet, n: int = 8) -> Tensor:
+    """Pairs: a true picture of 16 pixels, and what is drawn from its caption."""
+    read, g = Read(scenes=GROUP), torch.Generator().manual_seed(FRESH)
+    scenes = sample(n, g)
+    drawn = draw_small(model.cpu(), read, [caption(s, generator=g) for s in scenes], g)
+    true = F.avg_pool2d(render(scenes, SIZE), FACTOR)
+    return F.interpolate(torch.stack([true, drawn], 1).flatten(0, 1), scale_factor=4.0)
+
+
+@torch.no_grad()
+def look_at_upsampler(model: ADMUNet, n: int = 4) -> Tensor:
+    """Threes: known small, drawn large, true."""
+    read, g = Read(scenes=GROUP), torch.Generator().manual_seed(FRESH)
+    scenes = sample(n, g)
+    true, texts = render(scenes, SIZE), [caption(s, generator=g) for s in scenes]
+    small = F.avg_pool2d(true, FACTOR)
+    drawn = enlarge(model.cpu(), read, small, texts, g, 100)
+    return torch.stack([F.interpolate(small, scale_factor=FACTOR), drawn, true], 1).flatten(0, 1)
+
+
+# --- the recipes ----------------------------------------------------------------------------------
+
+
+def _beside(folder: Path, captions: Captions) -> None:
+    captions.tokenizer.save_pretrained(folder)
+
+
+def _recipe(name: str, about: str, **numbers: object) -> Recipe:
+    usual: Mapping[str, object] = {
+        "warmup": 200,
+        "decay": "late",
+        "optimiser": "muon",
+        "betas": (0.9, 0.99),
+        "learning_rate": 2e-3,
+        "ema": 0.999,
+        "chunk": 32,
+        "dtype": "float16",
+    }
+    return Recipe(name=name, about=about, **(usual | numbers))
+
+
+RECIPES = (
+    _recipe(
+        "language-model",
+        "Imagen's reader of captions: a causal Transformer that predicts the next piece of text and"
+        " has never seen a picture. It never read of the held-out combinations.",
+        data=Captions,
+        model=reader,
+        batch=caption_batch,
+        loss=next_token_loss,
+        score=read_score,
+        beside=_beside,
+        needs=("clip",),
+        steps=1500,
+        batch_size=64,
+        minutes=8,
+        ema=0.998,
+        data_about="captions of Storybook scenes, each a new one; no pictures",
+    ),
+    _recipe(
+        "imagen",
+        "Imagen's base: a caption, as a frozen language model reads it, to 16 x 16 pixels. It never"
+        " saw the held-out combinations.",
+        data=Read,
+        model=base,
+        batch=base_batch,
+        loss=base_loss,
+        sample=look_at_base,
+        score=base_score,
+        needs=("language-model", "judge"),
+        steps=3000,
+        batch_size=64,
+        minutes=60,
+        data_about="40,000 Storybook scenes, each with a new caption whenever it is seen",
+    ),
+    _recipe(
+        "imagen-upsampler",
+        "Imagen's upsampler, 16 x 16 pixels to 64 x 64: told the caption again, and how much noise"
+        " lies over the small picture. It never saw the held-out combinations.",
+        data=Read,
+        model=upsampler,
+        batch=upsampler_batch,
+        loss=upsampler_loss,
+        sample=look_at_upsampler,
+        score=upsampler_score,
+        needs=("language-model", "judge"),
+        steps=1500,
+        batch_size=32,
+        minutes=30,
+        data_about="40,000 Storybook scenes, each with a new caption whenever it is seen; crops of"
+        " 32 x 32",
+    ),
+)
