@@ -178,8 +178,13 @@ def test_marks_are_shares_with_intervals():
     read = [s.facts() for s in scenes[:4]] + [None, scenes[5].facts()]
     found = changing.marks(read, scenes)
     assert found["all"] == interval(5, 6) and found["no scene"] == interval(1, 6)
-    assert changing.kept(found)["kind"] == 5 / 6
-    assert list(changing.kept(found))[-1] == "no scene"
+    assert found["kind"] == found["position"] == interval(5, 6)
+    two = Scene(things=(Thing("car", "red", 0.26), Thing("cat", "blue", 0.74)))
+    other = Facts("noon", "meadow", False, (ThingFacts("cat", "blue", "left"),
+                                            ThingFacts("car", "red", "right")))  # fmt: skip
+    moved = changing.marks([other], [two])
+    assert moved["kind"]["value"] == moved["colour"]["value"] == 1
+    assert moved["position"]["value"] == moved["all"]["value"] == 0
 
 
 # --- the tables ----------------------------------------------------------------------------------
@@ -192,8 +197,8 @@ def test_marks_are_shares_with_intervals():
         ("variations", {"n": 3, "swept": 3, "inverted": 2, "scales": (2.0,), "etas": (0.0, 1.0),
                         "walks": (5,)}),
         ("interpolations", {"n": 2, "shares": (0.0, 1.0)}),
-        ("text-diffs", {"n": 2, "thetas": (0.3,)}),
-        ("principal-components", {"n": 2, "components": (0, 128), "known": 150}),
+        ("text-diffs", {"n": 2, "tuned": 2, "thetas": (0.3,)}),
+        ("principal-components", {"n": 2, "components": (0, 128)}),
     ],
 )  # fmt: skip
 def test_tables_are_what_their_code_measures(name, small):
