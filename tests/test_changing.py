@@ -13,9 +13,10 @@ from sklearn.decomposition import PCA
 from companion import changing, measure
 from companion.adm import ADMUNet
 from companion.changing import CHANGES, answers, cases, changed, decode, halves, sides, verdicts
+from companion.dalle2 import scheduler
 from companion.recipes import upsamplers
 from companion.scores import interval
-from companion.storybook import Facts, Scene, Thing, ThingFacts, is_held_out, parse, sample, write
+from companion.storybook import Facts, Scene, Thing, ThingFacts, is_held_out, parse, sample
 
 
 def gen(seed: int = 3) -> torch.Generator:
@@ -101,7 +102,6 @@ def test_the_upsampler_is_asked_as_its_recipe_asks_it(monkeypatch):
     """On a picture that is not square too, and of another size than it was trained at."""
     unet = tiny.lively(ADMUNet(upsamplers.FIRST.config))
     pipe = tiny.dalle2(second=False)
-    scheduler = changing.machine.__globals__["assemble"].__globals__["scheduler"]
     pipe.super_res_first = pipe.super_res_last = unet
     pipe.super_res_scheduler = scheduler("super_res_scheduler")
     monkeypatch.setitem(type(pipe).walks, "upsampler", ("super_res_first", upsamplers.STEPS))
@@ -224,7 +224,3 @@ def test_tables_are_what_their_code_measures(name, small):
             )
     if name == "principal-components":
         assert found["rows"]["128"]["variance"]["value"] == pytest.approx(1)
-
-
-def test_plain_words_say_all():
-    assert write(HOUSE) == "a red house on the left by the sea at noon"
