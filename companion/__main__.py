@@ -267,7 +267,8 @@ def _draw(chosen: argparse.Namespace) -> int:
     options |= {"height": chosen.height, "width": chosen.width, "truncate": chosen.truncate}
     if chosen.guidance is not None:
         options["guidance_scale"] = chosen.guidance
-    usual = kind.usual_steps(kind.parts if root == "storybook" else kind.listed(root))
+    own = kind.storybook() if root == "storybook" else None
+    usual = kind.usual_steps(own or kind.listed(root))
     try:
         steps = [int(n) for n in chosen.steps.split(",")] if chosen.steps else [*usual.values()]
     except ValueError:
@@ -277,7 +278,7 @@ def _draw(chosen: argparse.Namespace) -> int:
         f"--steps has {len(steps)} numbers; {kind.__name__} takes {len(usual)}, for"
         f" {', '.join(usual)}.",
     )
-    pipe = kind.from_pretrained(root).to(_device(chosen.device))
+    pipe = (kind(**own) if own else kind.from_pretrained(root)).to(_device(chosen.device))
     stages = (name for name, n in zip(usual, steps, strict=True) for _ in range(n))
     with tqdm(total=sum(steps), disable=chosen.quiet, unit="step") as bar:
 

@@ -62,7 +62,7 @@ class DALLE2(Manipulations):
 
     opens = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
     shipped = "dalle2"
-    made_of = ("clip", "prior", "decoder", "upsampler-64", "upsampler-256")
+    made_of = ("clip", "prior", "decoder", "upsampler-64")
     parts = {
         "decoder": ADMUNet,
         "decoder_scheduler": Scheduler,
@@ -122,10 +122,11 @@ class DALLE2(Manipulations):
 
     @classmethod
     def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
-        clip, prior, decoder, first, second = (checkpoints.WEIGHTS / n for n in cls.made_of)
+        clip, prior, decoder, first = (checkpoints.WEIGHTS / name for name in cls.made_of)
+        second = checkpoints.WEIGHTS / "upsampler-256"
         words, pictures = halves(CLIP.from_pretrained(clip, dtype=dtype))
         upsampler = ADMUNet.from_pretrained(first, dtype=dtype)
-        return {
+        parts = {
             "text_encoder": words,
             "tokenizer": Tokenizer.from_pretrained(clip),
             "image_encoder": pictures,
@@ -135,9 +136,12 @@ class DALLE2(Manipulations):
             "text_proj": TextProjection.from_pretrained(decoder, "text_proj", dtype=dtype),
             "super_res_first": upsampler,
             "super_res_last": upsampler,  # Karlo has another one for the last step
-            "super_res_second": ADMUNet.from_pretrained(second, dtype=dtype),
             **{name: scheduler(name) for name in SCHEDULERS},
         }
+        if second.is_dir():
+            return parts | {"super_res_second": ADMUNet.from_pretrained(second, dtype=dtype)}
+        del parts["super_res_second_scheduler"]
+        return parts
 
     def index(self) -> dict[str, object]:
         return super().index() | {"_class_name": self.opens[0 if self.prior else 1]}

@@ -99,6 +99,8 @@ def test_the_books_own_is_called_storybook(monkeypatch, tmp_path):
         ours, theirs = getattr(made, name).state_dict(), getattr(again, name).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert DALLE2.from_pretrained("storybook", prior=made.prior).prior is made.prior
+    (tmp_path / "upsampler-256").rename(tmp_path / "put aside")
+    assert DALLE2.from_pretrained("storybook").super_res_second is None, "it draws small then"
     for name in DALLE2.made_of:
         (tmp_path / name).rename(tmp_path / "away")
         with pytest.raises(CheckpointError, match=f"DALLE2 is not shipped .*: {name} is missing"):
