@@ -41,7 +41,7 @@ NEEDS = ("clip", "decoder", "judge")
 PART = 50  # pictures at a time
 
 # Of each measurement: how many pictures, and the seed of their scenes, which no training draws.
-VARIED, SWEPT, INVERTED, VARIED_SEED = 300, 100, 20, 901
+VARIED, SWEPT, INVERTED, CROSSED, VARIED_SEED = 300, 100, 20, 60, 901
 SCALES, ETAS = (1.0, 2.0, 3.0, 5.0), (0.0, 0.25, 0.5, 1.0)
 WALKS = (5, 10, 25, 50, 100)
 PAIRS, PAIRS_SEED, SHARES = 60, 902, tuple(k / 6 for k in range(7))
@@ -244,14 +244,16 @@ def reduced(places: Tensor, mean: Tensor, columns: Tensor, k: int) -> Tensor:
     "variations",
     "Of 16 x 16 pictures drawn from a picture's place alone (any noise, by guidance), and from its"
     " own noise (by eta): which facts the judge finds kept, and how far the pictures lie from the"
-    " one that came; and how well DDIM finds it again, by steps. 95 % intervals over pictures",
-    minutes=7,
+    " one that came; whose facts show where place and noise are two pictures'; and how well DDIM"
+    " finds a picture again, by steps. 95 % intervals over pictures",
+    minutes=8,
     needs=NEEDS,
 )
 def variations(
     n: int = VARIED,
     swept: int = SWEPT,
     inverted: int = INVERTED,
+    crossed: int = CROSSED,
     scales: Sequence[float] = SCALES,
     etas: Sequence[float] = ETAS,
     walks: Sequence[int] = WALKS,
@@ -276,6 +278,11 @@ def variations(
     noise = halves(pipe, pictures[:swept])[1]
     for eta in etas:
         rows[f"eta = {eta:g}"] = row(decode(pipe, places[:swept], noise, eta=eta))
+    singles = sample(crossed, g, things=(1,))
+    place, own = halves(pipe, render(singles, SIZE))
+    read = judge.read(legible(decode(pipe, place, own.roll(1, 0))))  # the noise of another picture
+    rows["crossed, of the place"] = marks(read, singles)
+    rows["crossed, of the noise"] = marks(read, singles[-1:] + singles[:-1])
     found = {}
     for steps in walks:
         for iterations in (1, 2):

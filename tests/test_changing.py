@@ -194,8 +194,8 @@ def test_marks_are_shares_with_intervals():
 @pytest.mark.parametrize(
     ("name", "small"),
     [
-        ("variations", {"n": 3, "swept": 3, "inverted": 2, "scales": (2.0,), "etas": (0.0, 1.0),
-                        "walks": (5,)}),
+        ("variations", {"n": 3, "swept": 3, "inverted": 2, "crossed": 2, "scales": (2.0,),
+                        "etas": (0.0, 1.0), "walks": (5,)}),
         ("interpolations", {"n": 2, "shares": (0.0, 1.0)}),
         ("text-diffs", {"n": 2, "tuned": 2, "thetas": (0.3,)}),
         ("principal-components", {"n": 2, "components": (0, 128)}),
