@@ -7,6 +7,8 @@ time from the same noise, and writes down what is gained and what is paid.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -17,15 +19,15 @@ from companion import data, diffusion, errors, guidance, samplers
 from companion.decoding import WAYS, Told, difference, right, tell
 from companion.judge import Judge
 from companion.measure import measurement, over_seeds
-from companion.prompts import Prompt, marks, prompts, variety
+from companion.prompts import Prompt, marks, prompts
 from companion.recipes.decoder import STEPS, Decoder, legible
 from companion.recipes.encoded import SIZE, SMALL, FrozenCLIP, from_bytes, to_bytes
 from companion.recipes.noised import NoisedClassifier
 from companion.samplers import Denoiser
 from companion.schedule import Schedule, spread
 from companion.schedule import draw as noise_like
-from companion.scores import frechet
-from companion.storybook import Facts, Scene, parse, render, sample
+from companion.scores import frechet, interval
+from companion.storybook import Facts, Scene, ThingFacts, parse, render, sample
 
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0)  # of the words; 0 is told nothing
 PUSHES = (1.0, 2.0, 4.0, 8.0, 16.0)  # of the classifier
@@ -255,10 +257,26 @@ PARTS_OF_SPEECH = ("sky", "place", "stream", "kind", "colour", "position")
 
 
 def openness(read: Sequence[Facts | None], said: Facts) -> dict[str, float]:
-    """``variety`` of what one request leaves open; nothing where no picture shows a scene."""
-    if all(facts is None for facts in read):
-        return {}
-    return variety(read, said)
+    """How many possibilities pictures of one request show of what it leaves open.
+
+    The exponential of the entropy of what is seen: of sky and place, and of the kinds and colours
+    of things (where the request names a kind, of those of that kind). 1: always the same.
+    """
+    seen = [facts for facts in read if facts is not None]
+    wanted = said.things[0] if said.things else None
+    found = {what: [getattr(facts, what) for facts in seen] for what in ("sky", "place")}
+    found = {what: values for what, values in found.items() if getattr(said, what) is None}
+    things = [t for facts in seen for t in facts.things if wanted in (None, ThingFacts(t.kind))]
+    if wanted is None:
+        found["kind"] = [thing.kind for thing in things]
+    found["colour"] = [thing.colour for thing in things]
+    return {what: possibilities(values) for what, values in found.items()}
+
+
+def possibilities(values: Sequence[str]) -> float:
+    """The exponential of the entropy of a list; 1 for an empty one."""
+    shares = torch.tensor(list(Counter(values).values()), dtype=torch.float64) / len(values or "1")
+    return torch.special.entr(shares).sum().exp().item()
 
 
 class Requests:
@@ -294,7 +312,7 @@ class Requests:
         found: dict[str, list[float]] = {}
         for i in range(times):
             part = [s.facts() for s in scenes[i * self.copies : (i + 1) * self.copies]]
-            for what, value in variety(part, self.facts[k]).items():
+            for what, value in openness(part, self.facts[k]).items():
                 found.setdefault(what, []).append(value)
         return {what: sum(values) / len(values) for what, values in found.items()}
 
@@ -324,7 +342,7 @@ class Requests:
         for k, said in enumerate(self.facts):
             found = openness(read[k * self.copies : (k + 1) * self.copies], said)
             parts = [
-                torch.tensor(found.get(what, 1.0)).log().item() / torch.tensor(most).log().item()
+                math.log(found[what]) / math.log(most)
                 for what, most in self.truth[k].items()
                 if most > 1
             ]
@@ -357,7 +375,7 @@ def compare(asked: Requests, seen: Mapping[str, Mapping[str, Any]], first: str) 
     rows: dict[str, Any] = {}
     for name, one in seen.items():
         rows[name] = {
-            "faithful": mean([float(x) for x in one["right"]]),
+            "faithful": interval(sum(one["right"]), len(one["right"])),
             "variety": mean(one["open"]),
             "frechet": asked.distance(one["features"]),
             "right": "".join(str(int(x)) for x in one["right"]),
@@ -428,7 +446,7 @@ def guidance_bill(
         "words": compare(asked, seen, "1"),
         "classifier": compare(asked, led, "0"),
         "true": {
-            "faithful": mean([float(x) for x in truth["right"]]),
+            "faithful": interval(sum(truth["right"]), len(truth["right"])),
             "variety": mean(truth["open"]),
             "frechet": asked.distance(truth["features"]),
         },
@@ -450,7 +468,7 @@ def examined(
     blocks = torch.arange(len(asked)) % BLOCKS
     return {
         "facts": mean([share_right(p, facts) for p, facts in zip(asked, read, strict=True)]),
-        "everything said": mean([float(x) for x in right(asked, read)]),
+        "everything said": interval(sum(right(asked, read)), len(asked)),
         "marks": marks(asked, read),
         "frechet": blocked(lambda kept: frechet(real, features[kept]), blocks),
     }

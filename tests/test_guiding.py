@@ -21,6 +21,7 @@ from companion.guiding import (
     gradient,
     guidance_bill,
     mean,
+    openness,
     share_right,
     small,
     verdicts,
@@ -150,6 +151,26 @@ def test_share_right_by_hand():
     alone = Prompt("a red boat", Scene("noon", "sea", things=(Thing("boat", "red", 0.5, 0.45),)))
     blue = Facts("noon", "sea", False, (ThingFacts("boat", "blue", "middle"),))
     assert share_right(alone, blue) == pytest.approx(1 / 2)
+
+
+def test_openness_by_hand():
+    def boat(colour, place):
+        return Facts("night", place, things=(ThingFacts("boat", colour, "left"),))
+
+    read = [
+        boat("red", "sea"),
+        boat("red", "snow"),
+        boat("blue", "sea"),
+        boat("blue", "snow"),
+        None,
+    ]
+    assert openness(read, parse("a boat at night")) == pytest.approx({"place": 2, "colour": 2})
+    cat = Facts("night", "sea", things=(ThingFacts("cat", "pink", "left"), *read[0].things))
+    found = openness([cat] * 3, parse("a boat at night"))  # the cat's colour is nobody's business
+    assert found == pytest.approx({"place": 1, "colour": 1})
+    found = openness([cat] * 3, parse("the sea at night"))
+    assert found == pytest.approx({"kind": 2, "colour": 2})
+    assert openness([None], parse("a boat at night")) == {"place": 1.0, "colour": 1.0}
 
 
 @pytest.fixture(scope="module")
