@@ -47,7 +47,7 @@ WALKS = (5, 10, 25, 50, 100)
 PAIRS, PAIRS_SEED, SHARES = 60, 902, tuple(k / 6 for k in range(7))
 TRIES, TUNED, TRIES_SEED, TUNED_SEED = 100, 24, 903, 1903  # for each of the changes
 CHANGES = (("sky", "noon", "night"), ("colour", "red", "blue"), ("place", "meadow", "snow"))
-THETAS = (0.2, 0.3, 0.4, 0.5)
+THETAS = (0.2, 0.3, 0.35, 0.4, 0.45, 0.5)
 KNOWN, KNOWN_SEED, REDUCED, REDUCED_SEED = 2048, 905, 100, 904
 COMPONENTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 QUESTIONS = ("sky", "place", "stream", "kind", "colour", "position", "all", "no scene")
@@ -337,7 +337,7 @@ def interpolations(n: int = PAIRS, shares: Sequence[float] = SHARES) -> dict[str
     "16 x 16 pictures told to change one fact by the difference of two captions, from their own"
     " noise, by theta: whether the judge reads the new fact, and every other as it was. Beside it"
     " the place of the true changed picture, with the old noise and with any. 95 % intervals",
-    minutes=8,
+    minutes=9,
     needs=NEEDS,
 )
 def text_diffs(
