@@ -321,7 +321,7 @@ SCALES, COUNTS = (1.0, 2.0, 3.0, 5.0), (5, 10, 25)
     needs=("clip", "decoder", "decoder/text_proj", "judge", "judge-second"),
 )
 def decoder(
-    n: int = 400, few: int = 200, groups: int = 150, pairs: int | None = None, exact: int = 32
+    n: int = 400, few: int = 150, groups: int = 150, pairs: int | None = None, exact: int = 32
 ) -> dict[str, Any]:
     """Chapter 8's tables.
 
