@@ -41,7 +41,7 @@ NEEDS = ("clip", "decoder", "judge")
 PART = 50  # pictures at a time
 
 # Of each measurement: how many pictures, and the seed of their scenes, which no training draws.
-VARIED, SWEPT, INVERTED, CROSSED, VARIED_SEED = 300, 100, 20, 60, 901
+VARIED, SWEPT, INVERTED, CROSSED, VARIED_SEED = 200, 80, 16, 60, 901
 SCALES, ETAS = (1.0, 2.0, 3.0, 5.0), (0.0, 0.25, 0.5, 1.0)
 WALKS = (5, 10, 25, 50, 100)
 PAIRS, PAIRS_SEED, SHARES = 60, 902, tuple(k / 6 for k in range(7))
@@ -484,3 +484,8 @@ def within(cell: Mapping[str, float], n: int) -> tuple[float, float]:
     """Where the same number from ``n`` fresh cases lies in 997 of 1000 tries, by a stored one."""
     half = 1.5 * (cell["high"] - cell["low"]) / 2 * (1 + cell["n"] / n) ** 0.5
     return cell["value"] - half, cell["value"] + half
+
+
+def percent(cell: Mapping[str, float]) -> str:
+    """A share and its interval, as tables show them."""
+    return f"{cell['value']:.0%}  ({cell['low']:.0%} … {cell['high']:.0%})"
