@@ -355,14 +355,14 @@ def _variety(
         for name, (way, scale, best) in settings.items():
             drawn = ways.places(way, words.each(best), 100 + number, scale=scale)
             drawn = best_of(drawn.unflatten(0, (draws, best)), words.embedding)
-            found["places"].setdefault(name, []).append(variety(probe.read(drawn), said))
+            found["places"].setdefault(name, []).append(_varied(probe.read(drawn), said))
         for way in (NOWHERE, OWN, MOVED, LINE, TOKENS, DIFFUSION):
             place = ways.places(way, words, 100 + number)
             small = ways.draw(place, words, 100 + number)
-            seen = [facts for facts in judge.read(legible(small)) if facts is not None]
-            found["pictures"].setdefault(way, []).append(variety(seen, said) if seen else {})
+            seen = judge.read(legible(small))
+            found["pictures"].setdefault(way, []).append(_varied(seen, said))
         fits = [s.facts() for s in known if len(s.things) == 1 and said.holds_for(s.facts())]
-        found["true"].setdefault("pictures that fit", []).append(variety(fits, said))
+        found["true"].setdefault("pictures that fit", []).append(_varied(fits, said))
     return {
         "captions": list(OPEN),
         "draws": draws,
@@ -370,6 +370,11 @@ def _variety(
             kind: {name: _mean_variety(of) for name, of in by.items()} for kind, by in found.items()
         },
     }
+
+
+def _varied(seen: Sequence[Facts | None], said: Facts) -> dict[str, float]:
+    """``variety``, and nothing where no picture shows a scene."""
+    return variety(seen, said) if any(facts is not None for facts in seen) else {}
 
 
 def _mean_variety(found: Sequence[dict[str, float]]) -> dict[str, float]:
