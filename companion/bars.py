@@ -158,7 +158,7 @@ def bars() -> list[Bar]:
         Bar(
             "text diffs that change what was said and nothing else",
             9,
-            result("text-diffs", "rows", "all", "theta = 0.3", "both"),
+            result("text-diffs", "rows", "all", "as chosen", "both"),
             0.8,
         ),
         Bar(

@@ -41,9 +41,9 @@ NEEDS = ("clip", "decoder", "judge")
 PART = 50  # pictures at a time
 
 # Of each measurement: how many pictures, and the seed of their scenes, which no training draws.
-VARIED, SWEPT, INVERTED, CROSSED, VARIED_SEED = 200, 80, 16, 60, 901
+VARIED, SWEPT, INVERTED, CROSSED, VARIED_SEED = 150, 60, 12, 40, 901
 SCALES, ETAS = (1.0, 2.0, 3.0, 5.0), (0.0, 0.25, 0.5, 1.0)
-WALKS = (5, 10, 25, 50, 100)
+WALKS = (5, 10, 25, 50)
 PAIRS, PAIRS_SEED, SHARES = 60, 902, tuple(k / 6 for k in range(7))
 TRIES, TUNED, TRIES_SEED, TUNED_SEED = 100, 24, 903, 1903  # for each of the changes
 CHANGES = (("sky", "noon", "night"), ("colour", "red", "blue"), ("place", "meadow", "snow"))

@@ -17,7 +17,6 @@ from companion.exercises import (
     chapter06,
     chapter07,
     chapter08,
-    chapter09,
     chapter14,
 )
 from companion.exercises.checking import CHECKS, NotYet, check, exercise, verdict

@@ -315,7 +315,7 @@ RECIPES = (
         model=ar_prior,
         batch=ar_batch,
         loss=ar_loss,
-        steps=1500,
+        steps=1000,
         learning_rate=1e-3,
     ),
 )

@@ -9,7 +9,6 @@ from . import (
     chapter06,
     chapter07,
     chapter08,
-    chapter09,
     chapter14,
 )
 
@@ -22,6 +21,5 @@ WRONG = [
     *chapter06.WRONG,
     *chapter07.WRONG,
     *chapter08.WRONG,
-    *chapter09.WRONG,
     *chapter14.WRONG,
 ]
