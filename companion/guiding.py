@@ -441,6 +441,7 @@ def guidance_bill(
     ):
         by_way[name] = drawer.draw(captions[:ways], seeds[:ways], WAY_SCALE, entries=entry)
     return {
+        "seeds": [*asked.seeds[::copies], seeds[0]],  # of the first picture of each row
         "requests": list(asked.texts),
         "copies": copies,
         "words": compare(asked, seen, "1"),

@@ -6,7 +6,7 @@ knowingly left out (a safety checker) is said to be.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -29,6 +29,7 @@ class System:
     opens: ClassVar[tuple[str, ...]]  # the pipelines whose folders this class opens, first saved
     shipped: ClassVar[str] = ""  # what ``draw --model`` calls the book's own, trained on Storybook
     made_of: ClassVar[tuple[str, ...]] = ()  # the shipped weights that the book's own consists of
+    _assembled: ClassVar[Callable[[torch.dtype], dict[str, Any]]]  # its parts, opened
     parts: ClassVar[dict[str, type]]  # subfolder -> the class that opens it
     optional: ClassVar[tuple[str, ...]] = ()  # parts that not every pipeline has
     skipped: ClassVar[dict[str, str]] = {}  # parts that are left out, and what to say of it
@@ -94,10 +95,6 @@ class System:
                 " the path of a folder, or a hub id."
             )
         return cls._assembled(dtype)
-
-    @classmethod
-    def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
-        raise NotImplementedError
 
     @classmethod
     def listed(cls, root: Path, given: Collection[str] = ()) -> set[str]:
