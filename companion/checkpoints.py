@@ -7,6 +7,9 @@ A model is a folder::
     card.json           where the weights come from, and their sha256
     README.md           the same card as a page (Hugging Face model-card style)
 
+Weights above 7.5 MB lie in several files, and ``….safetensors.index.json`` says which tensor is in
+which: what Hugging Face calls a sharded checkpoint.
+
 Only safetensors is read. A pickle (``.bin``, ``.ckpt``, ``.pt``) can run any code when it is
 opened, so a folder that holds nothing else gets an error that names a safe conversion. Files are
 written beside their place and then moved there: a kill leaves the old file or the new one whole.
@@ -21,7 +24,7 @@ import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +37,8 @@ from torch import nn
 PREFERRED = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PRIVATE = ("architectures", "transformers_version", "torch_dtype", "dtype")
+LARGEST = 7_500_000  # bytes of one file; more is stored in parts, as Hugging Face's libraries do
+INDEX = ".index.json"  # ends the name of the list that says which tensor lies in which part
 DIGEST = "companion.digest"  # key in the safetensors header; see digest()
 CARD = (
     "recipe", "about", "parameters", "dtype", "file", "sha256", "seed", "steps", "pictures",
@@ -95,7 +100,13 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal; of weights in parts, that of the one file they make."""
+    if Path(path).name.endswith(INDEX):
+        tensors, _ = read_tensors(path, verify=False)
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / "whole.safetensors"
+            write_tensors(whole, tensors)
+            return sha256(whole)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -125,6 +136,40 @@ def write_tensors(
         save_file(whole, part, metadata={**header, DIGEST: digest(whole, header)})
         _sort_header(part)
         read_tensors(part)
+
+
+def write_parts(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write tensors to one file, or to several and an index where they are too large for one.
+
+    Returns:
+        The file, or the index: ``NAME.index.json`` beside ``NAME-00001-of-0000n.safetensors``.
+    """
+    path = Path(path)
+    index = path.with_name(path.name + INDEX)
+    old = {path, index, *path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")}
+    size = {name: x.numel() * x.element_size() for name, x in tensors.items()}
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    room = LARGEST
+    for name, x in tensors.items():
+        if size[name] > room and parts[-1]:
+            parts, room = [*parts, {}], LARGEST
+        parts[-1][name] = x
+        room -= size[name]
+    if len(parts) == 1:
+        write_tensors(path, tensors)
+        new = {path}
+    else:
+        where, n = {}, len(parts)
+        for k, part in enumerate(parts):
+            file = path.with_name(f"{path.stem}-{k + 1:05}-of-{n:05}{path.suffix}")
+            write_tensors(file, part)
+            where |= dict.fromkeys(part, file.name)
+        total = {"total_size": sum(size.values())}
+        write_json(index, {"metadata": total, "weight_map": dict(sorted(where.items()))})
+        new = {index, *(path.with_name(name) for name in where.values())}
+    for stale in old - new:
+        stale.unlink(missing_ok=True)
+    return path if len(parts) == 1 else index
 
 
 def _sort_header(path: Path) -> None:
@@ -181,13 +226,13 @@ def save(
         (folder / stale).unlink(missing_ok=True)
     if config is not None:
         write_json(folder / "config.json", _config_dict(config))
-    write_tensors(folder / filename, tensors)
+    written = write_parts(folder / filename, tensors)
     if card is not None:
         kinds = {x.dtype for x in tensors.values() if x.is_floating_point()}
         filled = {
             **card,
-            "file": filename,
-            "sha256": sha256(folder / filename),
+            "file": written.name,
+            "sha256": sha256(written),
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds)),
         }
@@ -226,8 +271,9 @@ def find_weights(folder_or_file: str | Path) -> Path:
         raise CheckpointError(f"There is no file {path}. Check the path, or download it again.")
     path = find_folder(path)
     for name in PREFERRED:
-        if (path / name).is_file():
-            return path / name
+        for found in (path / name, path / (name + INDEX)):
+            if found.is_file():
+                return found
     found = sorted(p.name for p in path.glob("*.safetensors") if not p.name.startswith("."))
     if len(found) == 1:
         return path / found[0]
@@ -431,7 +477,7 @@ def check(folder: str | Path | None = None) -> list[str]:
     root = find_folder(WEIGHTS if folder is None else folder)
     files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
     findings = [f"{p}: a pickle; convert it to safetensors" for p in files if p.suffix in PICKLES]
-    weights = [p for p in files if p.suffix == ".safetensors"]
+    weights = [p for p in files if p.suffix == ".safetensors" or p.name.endswith(INDEX)]
     if not weights:
         findings.append(f"{root}: no safetensors file in it")
     for path in weights:
@@ -479,7 +525,20 @@ def _check_file(path: Path) -> Iterator[str]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[safe_open]:
-    """Open a safetensors file; whatever is wrong with its bytes is a CheckpointError."""
+    """Open a safetensors file, or the parts that an index lists; whatever is wrong with their
+    bytes is a CheckpointError."""
+    if path.name.endswith(INDEX):
+        where = read_json(path).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
+            raise CheckpointError(f"{path} has no weight_map from tensors to files.")
+        with ExitStack() as stack:
+            names = sorted({*where.values()})
+            files = {n: stack.enter_context(_open(path.parent / Path(n).name)) for n in names}
+            lacking = [k for k, n in where.items() if k not in files[n].keys()]
+            if lacking:
+                raise CheckpointError(f"{path}: the files that it lists have no {_few(lacking)}.")
+            yield _Parts(where, files)
+        return
     try:
         size = path.stat().st_size
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -491,6 +550,25 @@ def _open(path: Path) -> Iterator[safe_open]:
             f"{path} ({size:,} bytes) is truncated or altered: not a whole safetensors file"
             f" ({error}). Fetch it again or save it anew."
         ) from None
+
+
+class _Parts:
+    """Several open files that look like one."""
+
+    def __init__(self, where: dict[str, str], files: dict[str, safe_open]) -> None:
+        self.where, self.files = where, files
+
+    def keys(self) -> list[str]:
+        return list(self.where)
+
+    def get_tensor(self, key: str) -> torch.Tensor:
+        return self.files[self.where[key]].get_tensor(key)
+
+    def get_slice(self, key: str) -> object:
+        return self.files[self.where[key]].get_slice(key)
+
+    def metadata(self) -> dict[str, str]:
+        return {}
 
 
 class _Lazy(Mapping[str, torch.Tensor]):

@@ -176,7 +176,7 @@ def text_to_picture() -> dict[str, Any]:
         "guidance_scale": DALLE2_GUIDANCE,
         "prior_guidance_scale": PRIOR_GUIDANCE,
         "candidates": CANDIDATES,
-        "seed": SEED,
+        "seeds": [SEED],
         "prompts": len(asked),
         "prompts for pictures of true ones": CEILINGS,
         "ways": examine({"from words": dalle2_draws(pipe)}, asked) | ceilings,

@@ -643,3 +643,61 @@ def test_shipped_weights_are_whole():
             checkpoints.check()
     else:
         assert checkpoints.check() == []
+
+
+# --- weights in parts -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch) -> Path:
+    """A model of 4 x 1.2 kB in files of at most 3 kB, and the same in one file."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(10, 30) for _ in range(4)))
+    card = {key: "x" for key in checkpoints.CARD}
+    checkpoints.save(tmp_path / "whole", model, card=card, config={})
+    monkeypatch.setattr(checkpoints, "LARGEST", 3000)
+    checkpoints.save(tmp_path / "parts", model, card=card, config={})
+    return tmp_path / "parts"
+
+
+def test_large_weights_lie_in_parts_and_are_the_same_weights(parts):
+    files = sorted(p.name for p in parts.glob("*.safetensors"))
+    assert files == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = checkpoints.find_weights(parts)
+    assert index.name == "model.safetensors.index.json"
+    ours, whole = checkpoints.load_state(parts), checkpoints.load_state(parts.parent / "whole")
+    assert ours.keys() == whole.keys() and all(torch.equal(ours[k], whole[k]) for k in whole)
+    card, other = checkpoints.read_card(parts), checkpoints.read_card(parts.parent / "whole")
+    assert card["sha256"] == other["sha256"] == checkpoints.sha256(index)
+    assert card["file"] == index.name and checkpoints.check(parts) == []
+    model = nn.Sequential(*(nn.Linear(10, 30) for _ in range(4)))
+    checkpoints.load_into(model, parts)
+    assert torch.equal(model[3].weight, whole["3.weight"])
+
+
+def test_no_part_may_be_missing_altered_or_unlisted(parts):
+    first, second = sorted(parts.glob("*.safetensors"))
+    raw = second.read_bytes()
+    for spoilt in (raw[:-5], raw[:-1] + bytes([raw[-1] ^ 1])):
+        second.write_bytes(spoilt)
+        with pytest.raises(CheckpointError, match="truncated or altered"):
+            checkpoints.load_state(parts)
+    second.unlink()
+    with pytest.raises(CheckpointError, match="There is no file"):
+        checkpoints.load_state(parts)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match="have no"):
+        checkpoints.load_state(parts)
+    (parts / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        checkpoints.load_state(parts)
+
+
+def test_saved_again_nothing_old_stays(parts, monkeypatch):
+    small = nn.Linear(2, 2)
+    checkpoints.save(parts, small)
+    assert [p.name for p in parts.glob("model*")] == ["model.safetensors"]
+    monkeypatch.setattr(checkpoints, "LARGEST", 10)
+    checkpoints.save(parts, small)
+    assert not (parts / "model.safetensors").exists()
+    assert checkpoints.load_state(parts).keys() == {"weight", "bias"}

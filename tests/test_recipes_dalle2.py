@@ -445,9 +445,7 @@ def test_a_perfect_upsampler_gives_the_truth_back():
             self.p = nn.Parameter(torch.zeros(()))
 
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            level = abar(t).view(-1, 1, 1, 1)
-            clean = data.to_signed(truth)
-            return ((x[:, :3] - level.sqrt() * clean) / (1 - level).sqrt()).float()
+            return data.to_signed(truth)  # what it is asked for: the clean picture
 
     drawn = upsamplers.upsample(Knows(), F.avg_pool2d(truth, 4), gen())
     assert (drawn - truth).abs().max() < 1e-3
