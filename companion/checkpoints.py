@@ -7,8 +7,8 @@ A model is a folder::
     card.json           where the weights come from, and their sha256
     README.md           the same card as a page (Hugging Face model-card style)
 
-Weights above 7.5 MB lie in several files, and ``….safetensors.index.json`` says which tensor is in
-which: what Hugging Face calls a sharded checkpoint.
+Trained weights above 7.5 MB lie in several files, and ``….safetensors.index.json`` says which
+tensor is in which: what Hugging Face calls a sharded checkpoint.
 
 Only safetensors is read. A pickle (``.bin``, ``.ckpt``, ``.pt``) can run any code when it is
 opened, so a folder that holds nothing else gets an error that names a safe conversion. Files are
@@ -138,8 +138,10 @@ def write_tensors(
         read_tensors(part)
 
 
-def write_parts(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write tensors to one file, or to several and an index where they are too large for one.
+def write_parts(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], largest: float = math.inf
+) -> Path:
+    """Write tensors to one file, or to several and an index where they take more bytes.
 
     Returns:
         The file, or the index: ``NAME.index.json`` beside ``NAME-00001-of-0000n.safetensors``.
@@ -149,10 +151,10 @@ def write_parts(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     old = {path, index, *path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")}
     size = {name: x.numel() * x.element_size() for name, x in tensors.items()}
     parts: list[dict[str, torch.Tensor]] = [{}]
-    room = LARGEST
+    room = largest
     for name, x in tensors.items():
         if size[name] > room and parts[-1]:
-            parts, room = [*parts, {}], LARGEST
+            parts, room = [*parts, {}], largest
         parts[-1][name] = x
         room -= size[name]
     if len(parts) == 1:
@@ -226,7 +228,8 @@ def save(
         (folder / stale).unlink(missing_ok=True)
     if config is not None:
         write_json(folder / "config.json", _config_dict(config))
-    written = write_parts(folder / filename, tensors)
+    # In parts only with a card, whose sha256 tells when one of them was altered.
+    written = write_parts(folder / filename, tensors, LARGEST if card is not None else math.inf)
     if card is not None:
         kinds = {x.dtype for x in tensors.values() if x.is_floating_point()}
         filled = {
