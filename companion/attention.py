@@ -33,10 +33,12 @@ class MultiHead(nn.Module):
     ) -> Tensor:
         """q (B, N, C), k and v (B, M, C) -> (B, N, C); ``bias`` is added to the scores."""
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        trains = q.requires_grad and q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= SMALL
+        looks = _map(q, k, bias, causal) if self.keep or trains else None  # (B, h, N, M)
         if self.keep:
-            self.map = _map(q, k, bias, causal).detach()  # (B, h, N, M)
-        if q.requires_grad and q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= SMALL:
-            h = _map(q, k, bias, causal) @ v
+            self.map = looks.detach()
+        if trains:
+            h = looks @ v
         else:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
         return h.transpose(1, 2).flatten(2)  # (B, h, N, d) -> (B, N, C)

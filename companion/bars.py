@@ -7,6 +7,7 @@ its name says so, else the value; a bar that was missed says so, and stays where
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from companion import checkpoints, measure
@@ -72,11 +73,16 @@ def card(name: str, entry: str) -> Callable[[], float | Found]:
     return lambda: checkpoints.read_json(checkpoints.WEIGHTS / name / "card.json")["score"][entry]
 
 
+@cache
+def _stored(name: str) -> dict[str, Any]:
+    return measure.load(name)  # which hashes all weights that it was measured with
+
+
 def result(name: str, *path: str) -> Callable[[], float | Found]:
     """A number of a stored measurement, which must have been made with the shipped weights."""
 
     def find() -> float | Found:
-        found: Any = measure.load(name)
+        found: Any = _stored(name)
         for key in path:
             found = found[key]
         return found
@@ -180,11 +186,12 @@ def bars() -> list[Bar]:
 
 def lines(wanted: Sequence[Bar] | None = None) -> list[Line]:
     """Every bar, with what stands on cards and in results."""
+    _stored.cache_clear()
     found = []
     for bar in bars() if wanted is None else wanted:
         try:
             value = bar.find()
-        except (FileNotFoundError, ValueError, checkpoints.CheckpointError, KeyError) as error:
+        except (FileNotFoundError, ValueError, KeyError) as error:
             missing = isinstance(error, KeyError)
             why = f"no entry {error}" if missing else f"not measured. {error}"
             found.append(Line(bar, None, why))

@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from companion import checkpoints, errors
-from companion.adm import ADMUNet
+from companion import errors
 from companion.dalle2 import DALLE2
 from companion.data import to_signed, to_unit
+from companion.examination import dalle2
 from companion.judge import Judge
 from companion.manipulations import slerp
 from companion.measure import measurement
-from companion.prior import Prior
 from companion.prior_ar import spectrum
 from companion.prompts import Prompt
 from companion.prompts import marks as marked
-from companion.recipes.decoder import Decoder, assemble, legible
-from companion.recipes.encoded import SIZE, SMALL, FrozenCLIP, again
+from companion.recipes.decoder import legible
+from companion.recipes.encoded import SIZE, SMALL, again
 from companion.recipes.priors import Probe, mean_of
 from companion.scores import interval
 from companion.storybook import POSITIONS, Facts, Scene, is_held_out, render, sample, write
@@ -37,7 +36,7 @@ from companion.unclip import UnCLIP, Walk
 
 STEPS = 25
 SCALE = 3.0  # of the decoder's guidance, where the noise is any; with a picture's own it is 1
-NEEDS = ("clip", "decoder", "judge")
+NEEDS = ("clip", "decoder", "decoder/text_proj", "judge")
 PART = 50  # pictures at a time
 
 # Of each measurement: how many pictures, and the seed of their scenes, which no training draws.
@@ -54,14 +53,6 @@ QUESTIONS = ("sky", "place", "stream", "kind", "colour", "position", "all", "no 
 
 
 # --- the machine, and its two halves --------------------------------------------------------------
-
-
-def machine() -> DALLE2:
-    """The book's DALL·E 2 up to 64 x 64 pixels: with the first of its upsamplers."""
-    weights = checkpoints.WEIGHTS
-    prior, decoder = Prior.from_pretrained(weights / "prior"), Decoder.from_pretrained()
-    upsampler = ADMUNet.from_pretrained(weights / "upsampler-64")
-    return assemble(FrozenCLIP.open(), prior, decoder, upsampler)
 
 
 def decode(
@@ -259,7 +250,7 @@ def variations(
     walks: Sequence[int] = WALKS,
 ) -> dict[str, Any]:
     """Chapter 9's table of variations."""
-    pipe, judge = machine(), Judge.from_pretrained()
+    pipe, judge = dalle2(), Judge.from_pretrained()
     g = torch.Generator().manual_seed(VARIED_SEED)
     scenes = sample(n, g)
     pictures, others = render(scenes, SIZE), render([again(scene, g) for scene in scenes], SIZE)
@@ -302,7 +293,7 @@ def variations(
 )
 def interpolations(n: int = PAIRS, shares: Sequence[float] = SHARES) -> dict[str, Any]:
     """Chapter 9's ways from picture to picture."""
-    pipe, judge = machine(), Judge.from_pretrained()
+    pipe, judge = dalle2(), Judge.from_pretrained()
     g = torch.Generator().manual_seed(PAIRS_SEED)
     pairs = [sample(n, g) for _ in range(2)]
     parts = [halves(pipe, render(scenes, SIZE)) for scenes in pairs]
@@ -347,7 +338,7 @@ def text_diffs(
 
     How far to turn is chosen for each change on ``tuned`` pictures of their own, before the ``n``.
     """
-    pipe, judge = machine(), Judge.from_pretrained()
+    pipe, judge = dalle2(), Judge.from_pretrained()
     rows: dict[str, Any] = {}
     chosen: dict[str, float] = {}
     for number, change in enumerate(CHANGES):
@@ -429,7 +420,7 @@ def principal_components(
     n: int = REDUCED, components: Sequence[int] = COMPONENTS
 ) -> dict[str, Any]:
     """Chapter 9's places with fewer and fewer components."""
-    pipe, judge = machine(), Judge.from_pretrained()
+    pipe, judge = dalle2(), Judge.from_pretrained()
     g = torch.Generator().manual_seed(REDUCED_SEED)
     scenes = sample(n, g)
     places = see(pipe, render(scenes, SIZE))

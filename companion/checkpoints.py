@@ -31,6 +31,7 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
 from safetensors.torch import save_file
 from torch import nn
 
@@ -103,10 +104,11 @@ def sha256(path: str | Path) -> str:
     """The sha256 of a file, in hexadecimal; of weights in parts, that of the one file they make."""
     if Path(path).name.endswith(INDEX):
         tensors, _ = read_tensors(path, verify=False)
-        with tempfile.TemporaryDirectory() as folder:
-            whole = Path(folder) / "whole.safetensors"
-            write_tensors(whole, tensors)
-            return sha256(whole)
+        raw = serialise(tensors, metadata=_notes(tensors))
+        size = int.from_bytes(raw[:8], "little")
+        whole = hashlib.sha256(raw[:8] + _in_order(raw[8 : 8 + size]))
+        whole.update(memoryview(raw)[8 + size :])
+        return whole.hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -131,10 +133,13 @@ def write_tensors(
     It is read back and compared before it takes the place of an older one.
     """
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    header = {"format": "pt", **(notes or {})}
     with atomic_write(path) as part:
-        save_file(whole, part, metadata={**header, DIGEST: digest(whole, header)})
-        _sort_header(part)
+        save_file(whole, part, metadata=_notes(whole, notes))
+        with open(part, "rb+") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = _in_order(file.read(size))
+            file.seek(8)
+            file.write(header)
         read_tensors(part)
 
 
@@ -174,15 +179,20 @@ def write_parts(
     return path if len(parts) == 1 else index
 
 
-def _sort_header(path: Path) -> None:
-    """Put the notes first and in order: the library shuffles them, and equal must be equal."""
-    with open(path, "rb+") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        notes = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
-        text = json.dumps(notes | header, separators=(",", ":"), ensure_ascii=False)
-        file.seek(8)
-        file.write(text.encode().ljust(size))
+def _notes(
+    tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """What the header says beside the tensors: ``notes``, and the digest of all."""
+    header = {"format": "pt", **(notes or {})}
+    return {**header, DIGEST: digest(tensors, header)}
+
+
+def _in_order(header: bytes) -> bytes:
+    """The notes first and in order: the library shuffles them, and equal must be equal."""
+    parts = json.loads(header)
+    notes = {"__metadata__": dict(sorted(parts.pop("__metadata__").items()))}
+    text = json.dumps(notes | parts, separators=(",", ":"), ensure_ascii=False)
+    return text.encode().ljust(len(header))
 
 
 def save(

@@ -23,7 +23,7 @@ from companion.pipeline import generators, prompts
 from companion.preparation import Preparation
 from companion.prior import Prior, TextProjection
 from companion.schedule import Schedule
-from companion.scheduler import Generators, Scheduler, SchedulerConfig
+from companion.scheduler import Generators, Scheduler
 from companion.tokenizer import Tokenizer
 from companion.unclip import Latents
 
@@ -124,24 +124,16 @@ class DALLE2(Manipulations):
     def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
         clip, prior, decoder, first = (checkpoints.WEIGHTS / name for name in cls.made_of)
         second = checkpoints.WEIGHTS / "upsampler-256"
-        words, pictures = halves(CLIP.from_pretrained(clip, dtype=dtype))
-        upsampler = ADMUNet.from_pretrained(first, dtype=dtype)
-        parts = {
-            "text_encoder": words,
-            "tokenizer": Tokenizer.from_pretrained(clip),
-            "image_encoder": pictures,
-            "feature_extractor": Preparation.from_pretrained(clip),
-            "prior": Prior.from_pretrained(prior, dtype=dtype),
-            "decoder": ADMUNet.from_pretrained(decoder, dtype=dtype),
-            "text_proj": TextProjection.from_pretrained(decoder, "text_proj", dtype=dtype),
-            "super_res_first": upsampler,
-            "super_res_last": upsampler,  # Karlo has another one for the last step
-            **{name: scheduler(name) for name in SCHEDULERS},
-        }
-        if second.is_dir():
-            return parts | {"super_res_second": ADMUNet.from_pretrained(second, dtype=dtype)}
-        del parts["super_res_second_scheduler"]
-        return parts
+        return own_parts(
+            CLIP.from_pretrained(clip, dtype=dtype),
+            Tokenizer.from_pretrained(clip),
+            Preparation.from_pretrained(clip),
+            Prior.from_pretrained(prior, dtype=dtype),
+            ADMUNet.from_pretrained(decoder, dtype=dtype),
+            TextProjection.from_pretrained(decoder, "text_proj", dtype=dtype),
+            ADMUNet.from_pretrained(first, dtype=dtype),
+            ADMUNet.from_pretrained(second, dtype=dtype) if second.is_dir() else None,
+        )
 
     def index(self) -> dict[str, object]:
         return super().index() | {"_class_name": self.opens[0 if self.prior else 1]}
@@ -214,8 +206,32 @@ class DALLE2(Manipulations):
         return self._enlarge(small, upsamplers, source, callback)
 
 
-def scheduler(name: str) -> Scheduler:
-    """One of ``SCHEDULERS``, as if read from its file."""
-    stored = SCHEDULERS[name]
-    config = SchedulerConfig(**{k: v for k, v in stored.items() if not k.startswith("_")})
-    return Scheduler(Schedule.cosine(), config, stored)
+def own_parts(
+    clip: CLIP,
+    tokenizer: Tokenizer,
+    preparation: Preparation,
+    prior: Prior,
+    decoder: ADMUNet,
+    text_proj: TextProjection,
+    upsampler: ADMUNet,
+    second: ADMUNet | None = None,
+) -> dict[str, Any]:
+    """The parts of the book's own system, from what its recipes train."""
+    words, pictures = halves(clip)
+    parts = {
+        "decoder": decoder,
+        "feature_extractor": preparation,
+        "image_encoder": pictures,
+        "prior": prior,
+        "super_res_first": upsampler,
+        "super_res_last": upsampler,  # Karlo has another one for the last step
+        "text_encoder": words,
+        "text_proj": text_proj,
+        "tokenizer": tokenizer,
+    }
+    schedulers = dict(SCHEDULERS)
+    if second is None:
+        del schedulers["super_res_second_scheduler"]
+    else:
+        parts["super_res_second"] = second
+    return parts | {k: Scheduler.of(Schedule.cosine(), s) for k, s in schedulers.items()}

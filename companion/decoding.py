@@ -18,12 +18,12 @@ from companion import checkpoints, data, diffusion, errors, guidance, samplers
 from companion.judge import Judge
 from companion.measure import SEEDS, measurement, over_seeds
 from companion.prior import TextProjection
-from companion.prompts import Prompt, marks, prompts, swapped
+from companion.prompts import Prompt, marks, prompts, right, swapped
 from companion.recipes.decoder import GUIDANCE, STEPS, Decoder, legible
-from companion.recipes.encoded import SIZE, SMALL, FrozenCLIP, from_bytes, to_bytes
+from companion.recipes.encoded import SIZE, SMALL, FrozenCLIP, shrunk
 from companion.schedule import Schedule
 from companion.schedule import draw as noise_like
-from companion.scores import frechet, interval
+from companion.scores import difference, frechet, interval
 from companion.storybook import render
 from companion.unclip import Words
 
@@ -134,7 +134,7 @@ class Examined:
         self.clip = FrozenCLIP.open() if clip is None else clip
         pictures = render([p.scene for p in self.asked], SIZE)
         self.place, self.words = self.clip.see(pictures), self.clip.read([p.text for p in asked])
-        self.true = (from_bytes(to_bytes(pictures)) + 1) / 2  # (n, 3, 16, 16) in [0, 1]
+        self.true = shrunk(pictures)  # (n, 3, 16, 16) in [0, 1]
 
     def told(self, rows: Sequence[int], entries: Collection[str] = ENTRIES) -> Told:
         """What the decoder is told of some of the prompts."""
@@ -164,14 +164,6 @@ class Examined:
 # --- marks ----------------------------------------------------------------------------------------
 
 
-def right(asked: Sequence[Prompt], read: Sequence[Any]) -> list[bool]:
-    """Whether each picture shows all that its prompt says."""
-    return [
-        seen is not None and prompt.facts.holds_for(seen)
-        for prompt, seen in zip(asked, read, strict=True)
-    ]
-
-
 def share(said: Sequence[bool], known: Sequence[bool]) -> dict[str, float]:
     """The share that is right among the prompts whose combination was not held out."""
     kept = [one for one, old in zip(said, known, strict=True) if old]
@@ -197,19 +189,6 @@ def unsaid(asked: Sequence[Prompt], read: Sequence[Any]) -> dict[str, dict[str, 
                 counts.setdefault("colour", []).append((thing.kind, true[0]) in shown)
     order = [what for what in ("sky", "place", "colour") if what in counts]
     return {what: interval(sum(counts[what]), len(counts[what])) for what in order}
-
-
-def difference(a: Sequence[bool], b: Sequence[bool], draws: int = 4000) -> dict[str, float]:
-    """Share of ``a`` minus share of ``b`` where row i of both is the same prompt.
-
-    The 95 % interval draws prompts anew, with both of their answers (bootstrap).
-    """
-    errors.expect(len(a) == len(b), f"there are {len(a)} and {len(b)} answers; expected as many.")
-    gain = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
-    g = torch.Generator().manual_seed(0)
-    again = gain[torch.randint(len(gain), (draws, len(gain)), generator=g)].mean(1)
-    ends = torch.quantile(again, torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return {"value": gain.mean().item(), "low": ends[0].item(), "high": ends[1].item()}
 
 
 def exchangeable(prompt: Prompt) -> bool:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from companion.dalle2 import DALLE2
 from companion.judge import Judge
 from companion.measure import measurement
-from companion.prompts import Prompt, marks, prompts, variety
+from companion.prompts import Prompt, marks, prompts, right, variety
 from companion.recipes.upsamplers import FACTOR, upsample
 from companion.scores import frechet, interval
 from companion.storybook import Facts, render
@@ -63,25 +63,19 @@ def examine(ways: dict[str, Draw], asked: Sequence[Prompt]) -> dict[str, Any]:
         true pictures in the judge's features.
     """
     judge, second = Judge.from_pretrained(), Judge.from_pretrained("judge-second")
-    true = torch.cat(
-        [
-            render([p.scene for p in asked[i : i + TOGETHER]], SIZE)
-            for i in range(0, len(asked), TOGETHER)
-        ]
-    )
+    true = in_parts(lambda part, _: render([p.scene for p in part], SIZE), asked)
     real, found = judge.features(true), {}
-    for name, draw in {"true pictures": lambda *_: true, **ways}.items():
-        shown = true if name == "true pictures" else in_parts(draw, asked)
+    drawn = {name: in_parts(draw, asked) for name, draw in ways.items()}
+    for name, shown in {"true pictures": true, **drawn}.items():
         read, again = judge.read(shown), second.read(shown)
         same = agreement(read, again)
-        whole = [
-            [s is not None and p.facts.holds_for(s) for p, s in zip(asked, r, strict=True)]
-            for r in (read, again)
-        ]
         found[name] = {
             "marks": marks(asked, read),
             "judges agree on facts": interval(sum(same), len(same)),
-            "wholly right, second judge less first": (sum(whole[1]) - sum(whole[0])) / len(asked),
+            "wholly right, second judge less first": (
+                sum(right(asked, again)) - sum(right(asked, read))
+            )
+            / len(asked),
             "Fréchet distance": frechet(real, judge.features(shown)),
         }
     return found
@@ -89,10 +83,7 @@ def examine(ways: dict[str, Draw], asked: Sequence[Prompt]) -> dict[str, Any]:
 
 @torch.no_grad()
 def varied(draw: Draw, asked: Sequence[Prompt]) -> dict[str, dict[str, float]]:
-    """How varied what prompts leave open is, drawn and true: mean of ``variety`` over prompts.
-
-    True pictures have what the world has: fresh scenes of which the prompt's words hold.
-    """
+    """How varied what prompts leave open is, as drawn: mean of ``variety`` over prompts."""
     judge, found = Judge.from_pretrained(), {}
     for prompt in asked:
         shown = in_parts(draw, [prompt] * EACH)

@@ -8,7 +8,6 @@ time from the same noise, and writes down what is gained and what is paid.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,17 +15,17 @@ import torch
 from torch import Tensor
 
 from companion import data, diffusion, errors, guidance, samplers
-from companion.decoding import WAYS, Told, difference, right, tell
+from companion.decoding import WAYS, Told, tell
 from companion.judge import Judge
 from companion.measure import measurement, over_seeds
-from companion.prompts import Prompt, marks, prompts
+from companion.prompts import Prompt, marks, possibilities, prompts, right, shares_right
 from companion.recipes.decoder import STEPS, Decoder, legible
-from companion.recipes.encoded import SIZE, SMALL, FrozenCLIP, from_bytes, to_bytes
+from companion.recipes.encoded import SIZE, SMALL, FrozenCLIP, shrunk
 from companion.recipes.noised import NoisedClassifier
 from companion.samplers import Denoiser
-from companion.schedule import Schedule, spread
+from companion.schedule import Schedule
 from companion.schedule import draw as noise_like
-from companion.scores import frechet, interval
+from companion.scores import difference, frechet, interval
 from companion.storybook import Facts, Scene, ThingFacts, parse, render, sample
 
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0)  # of the words; 0 is told nothing
@@ -47,44 +46,6 @@ BLOCKS = 9  # in which pictures are left out for an interval
 PARTS = 50  # pictures at a time
 EXAM = 150  # prompts of the fixed list, of combinations that were not held out
 WAY_SCALE = 3.0  # at which the two ways of telling a caption are compared
-
-
-def classifier_guided(
-    denoise: Denoiser,
-    log_prob: Callable[[Tensor, Tensor], Tensor],
-    scale: float,
-    schedule: Schedule,
-) -> Denoiser:
-    """A denoiser pushed towards what a classifier finds likelier (ADM, 2105.05233, algorithm 2).
-
-    ADM takes ``scale * sqrt(1 - abar) * gradient`` from the noise. In clean pictures that is a
-    shift by ``scale * (1 - abar) / sqrt(abar) * gradient``; with scale 1 and exact answers, Bayes'
-    rule to the letter.
-
-    Args:
-        denoise: ``denoise(x, t)`` -> the clean picture, (B, ...), or (clean picture, fraction).
-        log_prob: ``log_prob(x, t)`` -> log p(what is wanted | x at t), (B,).
-        scale: 1 is Bayes' rule, 0 leaves ``denoise`` as it is.
-        schedule: The noise schedule of both.
-    """
-    errors.number("scale", scale)
-
-    def guided(x: Tensor, t: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        answer = denoise(x, t)
-        x0, fraction = answer if isinstance(answer, tuple) else (answer, None)
-        abar = schedule.alpha_bar(t)
-        shift = spread((1 - abar) / abar.sqrt(), x) * gradient(log_prob, x, t)
-        x0 = x0 + scale * shift
-        return x0 if fraction is None else (x0, fraction)
-
-    return guided
-
-
-def gradient(log_prob: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
-    """How each value of each picture would have to change: d log_prob / dx, like x."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(log_prob(x, t).sum(), x)[0]
 
 
 class Guided:
@@ -188,7 +149,7 @@ class Guided:
             choices: For ``walk``.
         """
         nothing = self.untold(len(seeds))
-        guided = classifier_guided(
+        guided = guidance.classifier_guided(
             lambda x, t: self.denoise(x, t, *nothing),
             lambda x, t: classifier.log_prob(x, t, **said),
             scale,
@@ -216,7 +177,7 @@ def fitting(facts: Facts, n: int, seed: int) -> list[Scene]:
 
 def small(scenes: Sequence[Scene]) -> Tensor:
     """True pictures as a perfect decoder would draw them: (B, 3, 16, 16) in [0, 1]."""
-    return (from_bytes(to_bytes(render(scenes, SIZE))) + 1) / 2
+    return shrunk(render(scenes, SIZE))
 
 
 # --- what is measured of a set of pictures --------------------------------------------------------
@@ -246,16 +207,6 @@ def mean(values: Sequence[float]) -> dict[str, float]:
     return {key: found[key] for key in ("value", "low", "high")}
 
 
-def share_right(prompt: Prompt, seen: Facts | None) -> float:
-    """The share shown of all that a caption says, from sky to positions."""
-    found = marks([prompt], [seen])
-    parts = [found[what] for what in found if what in PARTS_OF_SPEECH]
-    return sum(part["value"] * part["n"] for part in parts) / sum(part["n"] for part in parts)
-
-
-PARTS_OF_SPEECH = ("sky", "place", "stream", "kind", "colour", "position")
-
-
 def openness(read: Sequence[Facts | None], said: Facts) -> dict[str, float]:
     """How many possibilities pictures of one request show of what it leaves open.
 
@@ -271,12 +222,6 @@ def openness(read: Sequence[Facts | None], said: Facts) -> dict[str, float]:
         found["kind"] = [thing.kind for thing in things]
     found["colour"] = [thing.colour for thing in things]
     return {what: possibilities(values) for what, values in found.items()}
-
-
-def possibilities(values: Sequence[str]) -> float:
-    """The exponential of the entropy of a list; 1 for an empty one."""
-    shares = torch.tensor(list(Counter(values).values()), dtype=torch.float64) / len(values or "1")
-    return torch.special.entr(shares).sum().exp().item()
 
 
 class Requests:
@@ -468,7 +413,7 @@ def examined(
     features, real = judge.features(shown), judge.features(legible(true))
     blocks = torch.arange(len(asked)) % BLOCKS
     return {
-        "facts": mean([share_right(p, facts) for p, facts in zip(asked, read, strict=True)]),
+        "facts": mean(shares_right(asked, read)),
         "everything said": interval(sum(right(asked, read)), len(asked)),
         "marks": marks(asked, read),
         "frechet": blocked(lambda kept: frechet(real, features[kept]), blocks),

@@ -12,6 +12,7 @@ Letters: B pictures, N tokens of K channels, s the guidance scale.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,10 @@ from companion.adm import ADMUNet
 from companion.clip import CLIPText
 from companion.data import to_unit
 from companion.diffusion import to_x0
-from companion.pipeline import System, generators, prompts
+from companion.pipeline import System, for_each, generators, prompts
 from companion.preparation import scaled
 from companion.schedule import Schedule, draw
-from companion.scheduler import Generators, Scheduler, SchedulerConfig
+from companion.scheduler import Generators, Scheduler
 from companion.tokenizer import Tokenizer
 
 # The book's own: a cosine, and steps that end at noise alone (appendix B; the paper's time is
@@ -99,9 +100,9 @@ class Imagen(System):
     def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
         words, base, upsampler = (checkpoints.WEIGHTS / name for name in cls.made_of)
         return {
-            "scheduler": own_scheduler(),
+            "scheduler": Scheduler.of(Schedule.cosine(), SCHEDULER),
             "super_res": ADMUNet.from_pretrained(upsampler, dtype=dtype),
-            "super_res_scheduler": own_scheduler(),
+            "super_res_scheduler": Scheduler.of(Schedule.cosine(), SCHEDULER),
             "text_encoder": CLIPText.from_pretrained(words, dtype=dtype),
             "tokenizer": Tokenizer.from_pretrained(words),
             "unet": ADMUNet.from_pretrained(base, dtype=dtype),
@@ -165,20 +166,17 @@ class Imagen(System):
             negative_prompt is None or max(guidance_scale, super_res_guidance_scale) > 1,
             "negative_prompt does nothing without guidance; choose a scale above 1.",
         )
-        counts = [self.walks[name][1] for name in self.walks] if steps is None else steps
-        start = [None, None] if latents is None else latents
-        for name, given in (("steps", counts), ("latents", start)):
-            if not isinstance(given, list | tuple) or len(given) != 2:
-                raise ValueError(
-                    f"{name} is {given!r:.60}; expected 2 values, for base, upsampler."
-                )
+        usual = [count for _, count in self.walks.values()]
+        counts = for_each("steps", usual if steps is None else steps, self.walks)
+        start = for_each("latents", latents, self.walks)
         small, large = self._sizes(height, width)
         plan = []
         for scheduler, count in zip(
             (self.scheduler, self.super_res_scheduler), counts, strict=True
         ):
             chosen = scheduler.choose(sampler)
-            plan.append((scheduler, chosen, scheduler.timesteps(chosen, count)))
+            timesteps = scheduler.timesteps(chosen, count)
+            plan.append(partial(scheduler.walk, chosen, timesteps=timesteps))
         keep = percentile if thresholding == "dynamic" else None
         texts = prompts("prompt", prompt)
         source = generators(generator, seed, len(texts) * num_images_per_prompt)
@@ -188,13 +186,16 @@ class Imagen(System):
 
         shape = (len(told.states), 3)
         x = self.noise((*shape, *small), source, start[0])
-        denoise = self.drawing(told, null, guidance_scale, keep)
-        x = self._walk(plan[0], denoise, x, source, callback).clamp(-1, 1)
+        denoise = drawing(self.unet, self.scheduler, told, null, guidance_scale, keep)
+        x = plan[0](denoise, x, generator=source, callback=callback).clamp(-1, 1)
         noise = draw(x, source)
-        below = self.laid_over(x, noise, augmentation, large)
-        denoise = self.enlarging(below, augmentation, told, null, super_res_guidance_scale, keep)
+        below = laid_over(self.super_res_scheduler, x, noise, augmentation, large)
+        denoise = enlarging(
+            self.super_res, self.super_res_scheduler, below, augmentation, told, null,
+            super_res_guidance_scale, keep,
+        )  # fmt: skip
         x = self.noise((*shape, *large), source, start[1])
-        return to_unit(self._walk(plan[1], denoise, x, source, callback))
+        return to_unit(plan[1](denoise, x, generator=source, callback=callback))
 
     @torch.no_grad()
     def encode_prompts(self, texts: list[str], each: int = 1, truncate: bool = False) -> Told:
@@ -203,65 +204,6 @@ class Imagen(System):
         states = self.text_encoder(tokens.ids.to(self.device)).states.to(self.dtype)
         told = told_of(states, tokens.mask.to(self.device))
         return Told(*(part.repeat_interleave(each, dim=0) for part in told))
-
-    def drawing(
-        self, told: Told, null: Told, scale: float, percentile: float | None
-    ) -> samplers.Denoiser:
-        """The base, guided; its answers brought back into range."""
-        own, schedule = self.unet.conv_in.weight.dtype, self.scheduler.schedule
-
-        def denoise(x: Tensor, t: Tensor, states: Tensor, pooled: Tensor, mask: Tensor) -> Tensor:
-            output = self.unet(x.to(own), t, states.to(own), pooled.to(own), mask).to(x.dtype)
-            return to_x0(output, x, t, schedule, self.scheduler.config.prediction_type)
-
-        return guidance.thresholded(
-            guidance.classifier_free(denoise, told, null, scale), percentile
-        )
-
-    def laid_over(
-        self, small: Tensor, noise: Tensor, augmentation: int, size: tuple[int, int]
-    ) -> Tensor:
-        """Small pictures in [-1, 1], noised and enlarged: what lies under the noisy large one."""
-        schedule = self.super_res_scheduler.schedule
-        t = torch.full((len(small),), augmentation, device=small.device)
-        noised = schedule.add_noise(small, noise, t) if augmentation else small
-        return scaled(noised, size)
-
-    def enlarging(
-        self,
-        below: Tensor,
-        augmentation: int,
-        told: Told,
-        null: Told,
-        scale: float,
-        percentile: float | None,
-    ) -> samplers.Denoiser:
-        """The upsampler, guided; it knows what lies below, and how noisy that is."""
-        own, schedule = self.super_res.conv_in.weight.dtype, self.super_res_scheduler.schedule
-        target = self.super_res_scheduler.config.prediction_type
-
-        def denoise(x: Tensor, t: Tensor, under: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-            level = torch.full((len(x),), augmentation, device=x.device)
-            both = torch.cat([x, under], dim=1).to(own)
-            output = self.super_res(both, t, states.to(own), level, mask).to(x.dtype)
-            return to_x0(output, x, t, schedule, target)
-
-        given = (below, told.states, told.mask)
-        nothing = (below, null.states, null.mask)
-        return guidance.thresholded(
-            guidance.classifier_free(denoise, given, nothing, scale), percentile
-        )
-
-    def _walk(
-        self,
-        plan: tuple[Scheduler, str, Tensor],
-        denoise: samplers.Denoiser,
-        x: Tensor,
-        source: Generators,
-        callback: samplers.Callback,
-    ) -> Tensor:
-        scheduler, sampler, timesteps = plan
-        return scheduler.walk(sampler, denoise, x, timesteps, generator=source, callback=callback)
 
     def _sizes(self, height: int | None, width: int | None) -> tuple[tuple[int, int], ...]:
         """Height and width of the small picture and of the large one."""
@@ -287,7 +229,53 @@ def told_of(states: Tensor, mask: Tensor) -> Told:
     return Told(states, (states * weight).sum(1) / weight.sum(1), mask)
 
 
-def own_scheduler() -> Scheduler:
-    """``SCHEDULER``, as if read from its file."""
-    config = SchedulerConfig(**{k: v for k, v in SCHEDULER.items() if not k.startswith("_")})
-    return Scheduler(Schedule.cosine(), config, SCHEDULER)
+def drawing(
+    unet: ADMUNet,
+    scheduler: Scheduler,
+    told: Told,
+    null: Told,
+    scale: float,
+    percentile: float | None,
+) -> samplers.Denoiser:
+    """The base, guided; its answers brought back into range."""
+    own, target = unet.conv_in.weight.dtype, scheduler.config.prediction_type
+
+    def denoise(x: Tensor, t: Tensor, states: Tensor, pooled: Tensor, mask: Tensor) -> Tensor:
+        output = unet(x.to(own), t, states.to(own), pooled.to(own), mask).to(x.dtype)
+        return to_x0(output, x, t, scheduler.schedule, target)
+
+    return guidance.thresholded(guidance.classifier_free(denoise, told, null, scale), percentile)
+
+
+def laid_over(
+    scheduler: Scheduler, small: Tensor, noise: Tensor, augmentation: int, size: tuple[int, int]
+) -> Tensor:
+    """Small pictures in [-1, 1], noised and enlarged: what lies under the noisy large one."""
+    t = torch.full((len(small),), augmentation, device=small.device)
+    noised = scheduler.schedule.add_noise(small, noise, t) if augmentation else small
+    return scaled(noised, size)
+
+
+def enlarging(
+    unet: ADMUNet,
+    scheduler: Scheduler,
+    below: Tensor,
+    augmentation: int,
+    told: Told,
+    null: Told,
+    scale: float,
+    percentile: float | None,
+) -> samplers.Denoiser:
+    """The upsampler, guided; it knows what lies below, and how noisy that is."""
+    own, target = unet.conv_in.weight.dtype, scheduler.config.prediction_type
+
+    def denoise(x: Tensor, t: Tensor, under: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        level = torch.full((len(x),), augmentation, device=x.device)
+        both = torch.cat([x, under], dim=1).to(own)
+        output = unet(both, t, states.to(own), level, mask).to(x.dtype)
+        return to_x0(output, x, t, scheduler.schedule, target)
+
+    given, nothing = (below, told.states, told.mask), (below, null.states, null.mask)
+    return guidance.thresholded(
+        guidance.classifier_free(denoise, given, nothing, scale), percentile
+    )

@@ -18,7 +18,7 @@ from companion.judge import Judge
 from companion.measure import measurement
 from companion.prior import Prior
 from companion.prior_ar import ARPrior
-from companion.prompts import Prompt, marks, prompts, variety
+from companion.prompts import Prompt, marks, prompts, right, shares_right, variety
 from companion.recipes import priors
 from companion.recipes.decoder import Decoder, decode, legible
 from companion.recipes.encoded import (
@@ -27,10 +27,9 @@ from companion.recipes.encoded import (
     Encoded,
     FrozenCLIP,
     again,
-    from_bytes,
-    to_bytes,
+    shrunk,
 )
-from companion.scores import frechet, interval
+from companion.scores import difference, frechet, interval
 from companion.storybook import Facts, parse, render
 from companion.unclip import Words
 
@@ -58,22 +57,9 @@ def straight_line(texts: Tensor, pictures: Tensor) -> Tensor:
     return found.solution.to(texts.dtype)
 
 
-def paired(a: Sequence[bool], b: Sequence[bool], resamples: int = 10_000) -> dict[str, float]:
-    """How much oftener ``a`` holds than ``b``, asked of the same things: a share's difference.
-
-    Returns:
-        ``value``, and ``low`` and ``high`` of the 95 % interval by the paired bootstrap: things are
-        drawn again with repetition, each with both of its answers.
-    """
-    errors.expect(
-        len(a) == len(b) > 0, f"there are {len(a)} and {len(b)} answers; expected equal numbers."
-    )
-    d = torch.as_tensor(a, dtype=torch.float64) - torch.as_tensor(b, dtype=torch.float64)
-    g = torch.Generator().manual_seed(0)
-    parts = [torch.randint(len(d), (500, len(d)), generator=g) for _ in range(resamples // 500)]
-    means = torch.cat([d[part].mean(1) for part in parts])
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"value": d.mean().item(), "low": low, "high": high, "n": len(d)}
+def paired(a: Sequence[bool], b: Sequence[bool]) -> dict[str, float]:
+    """How much oftener ``a`` holds than ``b``, asked of the same things, and of how many."""
+    return difference(a, b, draws=10_000) | {"n": len(a)}
 
 
 class Ways:
@@ -149,22 +135,9 @@ class Ways:
         return F.cosine_similarity(self.units(place), self.units(other))
 
 
-def right(asked: Sequence[Prompt], seen: Sequence[Facts | None]) -> list[bool]:
-    """Whether everything that a prompt says is there, prompt by prompt."""
-    return [s is not None and p.facts.holds_for(s) for p, s in zip(asked, seen, strict=True)]
-
-
 def facts_right(asked: Sequence[Prompt], seen: Sequence[Facts | None]) -> dict[str, float]:
     """The share of all facts said that are there, with the 95 % interval of a mean of prompts."""
-    shares = []
-    for one, other in zip(asked, seen, strict=True):
-        found = marks([one], [other])
-        kept = [found[k] for k in ("sky", "place", "stream", "kind", "colour", "position")
-                if k in found]  # fmt: skip
-        if kept:  # those of held-out combinations count elsewhere
-            total = sum(m["n"] for m in kept)
-            shares.append(sum(m["value"] * m["n"] for m in kept) / total)
-    return priors.mean_of(torch.tensor(shares, dtype=torch.float64))
+    return priors.mean_of(torch.tensor(shares_right(asked, seen), dtype=torch.float64))
 
 
 def best_of(drawn: Tensor, text: Tensor) -> Tensor:
@@ -198,7 +171,7 @@ def compare(
     true = ways.clip.see(pictures)
     g = torch.Generator().manual_seed(7)
     others = ways.clip.see(render([again(scene, g) for scene in scenes], SIZE))
-    small = (from_bytes(to_bytes(pictures)) + 1) / 2
+    small = shrunk(pictures)
     readings = {"true pictures": judge.read(legible(small))}
     told = right(asked, readings["true pictures"])
     rows: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ knowingly left out (a safety checker) is said to be.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -134,7 +134,7 @@ class System:
                 return []
             root = locate(folder)
             found = cls.listed(root)
-        except (CheckpointError, ValueError) as error:
+        except ValueError as error:  # a CheckpointError, or parts that do not fit each other
             return [str(error)]
         findings, opened = [], {}
         for name in (n for n in cls.parts if n in found):
@@ -247,6 +247,17 @@ def _home(part: Any) -> Iterator[str]:
     # Trap: the one class that stock keeps beside a pipeline rather than among its models.
     yield "unclip" if published.startswith("UnCLIPText") else library
     yield published
+
+
+def for_each(name: str, values: Sequence[Any] | None, names: Collection[str]) -> list[Any]:
+    """One value for each walk; None stands for all of them."""
+    if values is None:
+        return [None] * len(names)
+    if not isinstance(values, list | tuple) or len(values) != len(names):
+        raise ValueError(
+            f"{name} is {values!r:.60}; expected {len(names)} values, for {', '.join(names)}."
+        )
+    return list(values)
 
 
 def prompts(name: str, prompt: str | list[str], count: int | None = None) -> list[str]:

@@ -9,6 +9,7 @@ each prompt stands a scene that it describes, so that the same marks can be give
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -24,6 +25,7 @@ FILE = Path(__file__).with_name("prompts.json")
 SEED = 20_261_124  # of the list; no training and no test draws from it
 # How many prompts there are, by number of things and by whether the combination was held out.
 SHARES = {(0, False): 100, (1, False): 350, (2, False): 350, (1, True): 100, (2, True): 100}
+FACTS = ("sky", "place", "stream", "kind", "colour", "position")  # that a prompt may say
 THIN = 0.7  # every other caption says each fact with this chance; the others say all
 
 
@@ -145,9 +147,29 @@ def marks(asked: Sequence[Prompt], read: Sequence[Facts | None]) -> dict[str, di
         exchanged = swapped(said, seen)
         if exchanged is not None:
             count("swapped", exchanged)
-    order = ("sky", "place", "stream", "kind", "colour", "position", *words)
+    order = (*FACTS, *words)
     order = (*order, *(f"{w}, held out" for w in words), "swapped", "no scene")
     return {name: interval(*counts[name]) for name in order if name in counts}
+
+
+def right(asked: Sequence[Prompt], read: Sequence[Facts | None]) -> list[bool]:
+    """Whether each picture shows all that its prompt says."""
+    return [
+        seen is not None and prompt.facts.holds_for(seen)
+        for prompt, seen in zip(asked, read, strict=True)
+    ]
+
+
+def shares_right(asked: Sequence[Prompt], read: Sequence[Facts | None]) -> list[float]:
+    """Prompt by prompt the share shown of all facts that it says; held-out ones are left out."""
+    shares = []
+    for prompt, seen in zip(asked, read, strict=True):
+        found = marks([prompt], [seen])
+        parts = [found[what] for what in FACTS if what in found]
+        if parts:
+            total = sum(part["n"] for part in parts)
+            shares.append(sum(part["value"] * part["n"] for part in parts) / total)
+    return shares
 
 
 def _things(said: Facts, seen: Facts | None) -> list[tuple[str, bool]]:
@@ -195,10 +217,11 @@ def variety(read: Sequence[Facts | None], said: Facts) -> dict[str, float]:
         for what in ("kind", "colour"):
             if (thing is None or getattr(thing, what) is None) and len(facts.things) == 1:
                 open_.setdefault(what, []).append(getattr(facts.things[0], what))
-    return {what: _possibilities(values) for what, values in open_.items()}
+    return {what: possibilities(values) for what, values in open_.items()}
 
 
-def _possibilities(values: Sequence[str]) -> float:
-    names = sorted(set(values))
-    shares = torch.tensor([values.count(n) for n in names], dtype=torch.float64) / len(values)
+def possibilities(values: Sequence[str]) -> float:
+    """The exponential of the entropy of a list; 1 for an empty one."""
+    counts = [count for _, count in sorted(Counter(values).items())]
+    shares = torch.tensor(counts, dtype=torch.float64) / max(1, len(values))
     return torch.special.entr(shares).sum().exp().item()

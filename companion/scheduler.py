@@ -114,6 +114,12 @@ class Scheduler:
         config = read_config(path, SchedulerConfig, SCHEDULER_NOTES, SCHEDULER_SWITCHES)
         return cls(Schedule.from_config(path), config, stored)
 
+    @classmethod
+    def of(cls, schedule: Schedule, stored: Mapping[str, object]) -> Self:
+        """As if read from a file with these keys, which says of its betas what ``schedule`` is."""
+        own = {k: v for k, v in stored.items() if not k.startswith(("_", "beta"))}
+        return cls(schedule, SchedulerConfig(**own), stored)
+
     @property
     def sampler(self) -> str:
         """The sampler that the folder asks for."""

@@ -4,6 +4,8 @@ All work on features, (N, D): what some network, which no generator has seen, ma
 Whoever prints one of these prints how many pictures it is from: all of them depend on it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,23 @@ def interval(right: int, n: int) -> dict[str, float]:
     errors.number("right", right, low=0, high=n, integer=True)
     low, high = binomtest(right, n).proportion_ci(0.95, "wilson")
     return {"value": right / n, "low": float(low), "high": float(high), "n": n}
+
+
+def difference(a: Sequence[bool], b: Sequence[bool], draws: int = 4000) -> dict[str, float]:
+    """Share of ``a`` minus share of ``b`` where row i of both is about the same thing.
+
+    Returns:
+        ``value``, and ``low`` and ``high`` of the 95 % interval, for which things are drawn anew
+        ``draws`` times, each with both of its answers (paired bootstrap).
+    """
+    errors.expect(
+        len(a) == len(b) > 0, f"there are {len(a)} and {len(b)} answers; expected equal numbers."
+    )
+    gain = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+    g, n = torch.Generator().manual_seed(0), len(gain)
+    again = gain[torch.randint(n, (draws, n), generator=g)].mean(1)
+    low, high = torch.quantile(again, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"value": gain.mean().item(), "low": low, "high": high}
 
 
 def frechet(a: Tensor, b: Tensor) -> float:

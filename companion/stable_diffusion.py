@@ -26,7 +26,7 @@ from companion.diffusion import to_x0
 from companion.pipeline import System, generators, prompts
 from companion.preparation import Preparation
 from companion.schedule import Schedule, draw
-from companion.scheduler import Generators, Scheduler, SchedulerConfig
+from companion.scheduler import Generators, Scheduler
 from companion.tokenizer import Tokenizer
 from companion.unet import UNet
 
@@ -109,18 +109,13 @@ class StableDiffusion(System):
     @classmethod
     def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
         clip, vae, unet = (checkpoints.WEIGHTS / name for name in cls.made_of)
-        words, pictures = halves(CLIP.from_pretrained(clip, dtype=dtype))
-        text = CLIPText(words.config)
-        text.text_model = words.text_model
-        return {
-            "feature_extractor": Preparation.from_pretrained(clip),
-            "image_encoder": pictures,
-            "scheduler": own_scheduler(),
-            "text_encoder": text.eval(),
-            "tokenizer": Tokenizer.from_pretrained(clip),
-            "unet": UNet.from_pretrained(unet, dtype=dtype),
-            "vae": Autoencoder.from_pretrained(vae, dtype=dtype),
-        }
+        return own_parts(
+            CLIP.from_pretrained(clip, dtype=dtype),
+            Tokenizer.from_pretrained(clip),
+            Preparation.from_pretrained(clip),
+            Autoencoder.from_pretrained(vae, dtype=dtype),
+            UNet.from_pretrained(unet, dtype=dtype),
+        )
 
     @classmethod
     def listed(cls, root: Path, given: Collection[str] = ()) -> set[str]:
@@ -382,7 +377,20 @@ class StableDiffusion(System):
         return sizes[0], sizes[1]
 
 
-def own_scheduler() -> Scheduler:
-    """``SCHEDULER``, as if read from its file."""
-    config = SchedulerConfig(**{k: v for k, v in SCHEDULER.items() if not k.startswith("_")})
-    return Scheduler(Schedule.scaled_linear(), config, SCHEDULER)
+def own_parts(
+    clip: CLIP, tokenizer: Tokenizer, preparation: Preparation, vae: Autoencoder, unet: UNet
+) -> dict[str, Any]:
+    """The parts of the book's own system, from what its recipes train."""
+    words, pictures = halves(clip)
+    with torch.device("meta"):
+        text = CLIPText(words.config)
+    text.text_model = words.text_model
+    return {
+        "feature_extractor": preparation,
+        "image_encoder": pictures,
+        "scheduler": Scheduler.of(Schedule.scaled_linear(), SCHEDULER),
+        "text_encoder": text.eval(),
+        "tokenizer": tokenizer,
+        "unet": unet,
+        "vae": vae,
+    }

@@ -8,7 +8,7 @@ Letters: B pictures, N tokens, D the width of CLIP's space.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from companion.adm import ADMUNet
 from companion.clip import CLIPTextProjected, CLIPVisionProjected
 from companion.data import to_unit
 from companion.diffusion import to_x0
-from companion.pipeline import System
+from companion.pipeline import System, for_each
 from companion.preparation import Preparation, scaled
 from companion.prior import Prior, TextProjection
 from companion.scheduler import Generators, Scheduler
@@ -247,9 +247,9 @@ class UnCLIP(System):
         sizes = {"prior": None, **dict(zip(self._pixels, self._sizes(height, width), strict=True))}
         counts = [self.walks[name][1] for name in names] if steps is None else steps
         plan = []
-        for name, count, noise in zip(
-            names, _each("steps", counts, names), _each("latents", latents, names), strict=True
-        ):
+        counts = for_each("steps", counts, names)
+        noises = for_each("latents", latents, names)
+        for name, count, noise in zip(names, counts, noises, strict=True):
             scheduler = {
                 "prior": self.prior_scheduler,
                 "decoder": self.decoder_scheduler,
@@ -288,14 +288,3 @@ class UnCLIP(System):
             )
             found.append([asked * share // last for share in shares])
         return list(zip(*found, strict=True))
-
-
-def _each(name: str, values: Sequence[Any] | None, names: Sequence[str]) -> list[Any]:
-    """One value for each walk; None stands for all of them."""
-    if values is None:
-        return [None] * len(names)
-    if not isinstance(values, list | tuple) or len(values) != len(names):
-        raise ValueError(
-            f"{name} is {values!r:.60}; expected {len(names)} values, for {', '.join(names)}."
-        )
-    return list(values)

@@ -23,6 +23,19 @@ def generator():
     return torch.Generator().manual_seed(20220413)  # the day that DALL·E 2's paper came out
 
 
+@pytest.fixture(scope="module")
+def tiny_weights(tmp_path_factory):
+    """The folder of shipped weights, with a tiny CLIP in place of its own, while a module runs."""
+    import tiny_clip
+
+    from companion import checkpoints
+
+    folder = tiny_clip.write(tmp_path_factory.mktemp("weights"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "WEIGHTS", folder)
+        yield folder
+
+
 @pytest.fixture
 def record_property(record_property):
     """Two test processes hand each other plain data: a number of numpy's or torch's becomes one."""

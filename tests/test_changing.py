@@ -13,8 +13,10 @@ from sklearn.decomposition import PCA
 from companion import changing, measure
 from companion.adm import ADMUNet
 from companion.changing import CHANGES, answers, cases, changed, decode, halves, sides, verdicts
-from companion.dalle2 import scheduler
+from companion.dalle2 import SCHEDULERS
 from companion.recipes import upsamplers
+from companion.schedule import Schedule
+from companion.scheduler import Scheduler
 from companion.scores import interval
 from companion.storybook import Facts, Scene, Thing, ThingFacts, is_held_out, parse, sample
 
@@ -103,7 +105,7 @@ def test_the_upsampler_is_asked_as_its_recipe_asks_it(monkeypatch):
     unet = tiny.lively(ADMUNet(upsamplers.FIRST.config))
     pipe = tiny.dalle2(second=False)
     pipe.super_res_first = pipe.super_res_last = unet
-    pipe.super_res_scheduler = scheduler("super_res_scheduler")
+    pipe.super_res_scheduler = Scheduler.of(Schedule.cosine(), SCHEDULERS["super_res_scheduler"])
     monkeypatch.setitem(type(pipe).walks, "upsampler", ("super_res_first", upsamplers.STEPS))
     small = torch.rand(1, 3, 8, 12, generator=gen())
     got = changing.enlarge(pipe, small, seed=4)

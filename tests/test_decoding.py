@@ -4,28 +4,25 @@ import math
 from dataclasses import replace
 
 import pytest
-import tiny_clip
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from companion import checkpoints, data, decoding, diffusion
-from companion.decoding import ENTRIES, WAYS, Examined, difference, swaps, tell, unsaid
+from companion.decoding import ENTRIES, WAYS, Examined, swaps, tell, unsaid
 from companion.prompts import Prompt, prompts
 from companion.recipes.decoder import Decoder, build, decode
 from companion.recipes.encoded import Encoded, FrozenCLIP
 from companion.schedule import Schedule
+from companion.scores import difference
 from companion.storybook import Facts, Scene, Thing, ThingFacts
 from companion.unclip import Words
 
 
 @pytest.fixture(scope="module", autouse=True)
-def weights(tmp_path_factory):
+def weights(tiny_weights):
     """A tiny CLIP in place of the shipped one."""
-    folder = tiny_clip.write(tmp_path_factory.mktemp("weights"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "WEIGHTS", folder)
-        yield folder
+    return tiny_weights
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,23 @@ import torch
 
 from companion import samplers
 from companion.diffusion import GaussianMixture
+from companion.guidance import classifier_guided, gradient
 from companion.guiding import (
     REQUESTS,
     Guided,
     Requests,
     askable,
     blocked,
-    classifier_guided,
     compare,
     examined,
     fitting,
-    gradient,
     guidance_bill,
     mean,
     openness,
-    share_right,
     small,
     verdicts,
 )
-from companion.prompts import Prompt, prompts
+from companion.prompts import Prompt, prompts, shares_right
 from companion.recipes.decoder import Decoder
 from companion.recipes.noised import NoisedClassifier, NoisedClassifierConfig
 from companion.schedule import Schedule
@@ -143,14 +141,14 @@ def test_share_right_by_hand():
     text = "at night, a yellow house left of a green car in the snow"
     prompt = Prompt(text, Scene("night", "snow", things=things))
     seen = prompt.scene.facts()
-    assert share_right(prompt, seen) == 1.0
-    assert share_right(prompt, None) == 0.0
+    assert shares_right([prompt], [seen])[0] == 1.0
+    assert shares_right([prompt], [None])[0] == 0.0
     # sky, place, and two times kind, colour, position: eight facts; one of them is wrong now
     other = Facts("noon", seen.place, seen.stream, seen.things)
-    assert share_right(prompt, other) == pytest.approx(7 / 8)
+    assert shares_right([prompt], [other])[0] == pytest.approx(7 / 8)
     alone = Prompt("a red boat", Scene("noon", "sea", things=(Thing("boat", "red", 0.5, 0.45),)))
     blue = Facts("noon", "sea", False, (ThingFacts("boat", "blue", "middle"),))
-    assert share_right(alone, blue) == pytest.approx(1 / 2)
+    assert shares_right([alone], [blue])[0] == pytest.approx(1 / 2)
 
 
 def test_openness_by_hand():

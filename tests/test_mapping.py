@@ -9,7 +9,8 @@ import torch
 
 from companion import checkpoints, mapping, prompts
 from companion.judge import Judge
-from companion.mapping import Ways, best_of, paired, right, straight_line
+from companion.mapping import Ways, best_of, paired, straight_line
+from companion.prompts import right
 from companion.recipes import RECIPES, encoded, priors
 from companion.recipes import decoder as decoders
 from companion.recipes.encoded import Encoded

@@ -1,13 +1,10 @@
 """Imagen's recipes: what a step sees and compares, and the system that they make."""
 
-from pathlib import Path
-
 import pytest
-import tiny_clip
 import torch
 from torch.nn import functional as F
 
-from companion import checkpoints
+from companion.imagen import laid_over
 from companion.preparation import scaled
 from companion.prompts import prompts
 from companion.recipes import RECIPES
@@ -21,11 +18,9 @@ READER, BASE, UPSAMPLER = (RECIPES[n] for n in ("language-model", "imagen", "ima
 
 
 @pytest.fixture(scope="module", autouse=True)
-def weights(tmp_path_factory) -> Path:
-    folder = tiny_clip.write(tmp_path_factory.mktemp("weights"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "WEIGHTS", folder)
-        yield folder
+def weights(tiny_weights):
+    """A tiny CLIP in place of the shipped one."""
+    return tiny_weights
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +170,8 @@ def test_enlarging_lays_noise_over_the_small_picture(read):
     small = scaled(render(read.group(0).about[:2], 64), (16, 16)).clamp(0, 1)
     pipe = recipe.assemble(read, BASE.model(read).eval(), UPSAMPLER.model(read).eval())
     noise = torch.randn(2, 3, 16, 16, generator=gen(1))
-    clean = pipe.laid_over(2 * small - 1, noise, 0, (64, 64))
-    noisy = pipe.laid_over(2 * small - 1, noise, 400, (64, 64))
+    clean = laid_over(pipe.super_res_scheduler, 2 * small - 1, noise, 0, (64, 64))
+    noisy = laid_over(pipe.super_res_scheduler, 2 * small - 1, noise, 400, (64, 64))
     torch.testing.assert_close(clean, scaled(2 * small - 1, (64, 64)))
     level = Schedule.cosine().alphas_cumprod[400]
     wanted = scaled((level.sqrt() * (2 * small - 1) + (1 - level).sqrt() * noise).float(), (64, 64))

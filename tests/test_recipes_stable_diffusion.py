@@ -1,11 +1,9 @@
 """Stable Diffusion's recipe: what a step sees and compares, and the system that it makes."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_clip
 import torch
 from PIL import Image
 
@@ -23,12 +21,9 @@ MAIN = RECIPES["stable-diffusion"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def weights(tmp_path_factory) -> Path:
+def weights(tiny_weights):
     """A tiny CLIP in place of the shipped one."""
-    folder = tiny_clip.write(tmp_path_factory.mktemp("weights"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "WEIGHTS", folder)
-        yield folder
+    return tiny_weights
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +46,7 @@ def abar(t: torch.Tensor) -> torch.Tensor:
 
 
 def test_latents_are_scaled_clouds_of_the_pictures(pool):
-    folded = pool.fold(1)
+    folded = pool.group(1)
     assert not any(is_held_out(scene) for scene in folded.about)
     said = pool.vae.encode(data.to_signed(render(folded.about[:4], 64)))
     torch.testing.assert_close(folded.mean[:4], said.mean, rtol=1e-3, atol=1e-3)
@@ -81,7 +76,7 @@ def test_one_batch_in_five_is_told_by_the_pictures_themselves(pool, tiny, monkey
     assert 0.12 < lengths.count(patches) / 200 < 0.28
     monkeypatch.setattr(recipe, "SHOWN", 1.0)
     shown = pool.batch(torch.arange(4), g, 0.1)["states"]
-    pictures = render(pool.fold(0).about[:4], 64)
+    pictures = render(pool.group(0).about[:4], 64)
     pipe = recipe.assemble(pool.clip, pool.vae, tiny)
     torch.testing.assert_close(shown, pipe.encode_picture_prompts(pictures), rtol=1e-4, atol=1e-4)
 

@@ -17,11 +17,11 @@ from companion.clip import (
     halves,
 )
 from companion.dalle2 import DALLE2
-from companion.imagen import Imagen, own_scheduler
+from companion.imagen import SCHEDULER, Imagen
 from companion.preparation import Preparation
 from companion.prior import Prior, PriorConfig, TextProjection, TextProjectionConfig
 from companion.schedule import Schedule
-from companion.scheduler import Scheduler, SchedulerConfig
+from companion.scheduler import Scheduler
 from companion.stable_diffusion import StableDiffusion
 from companion.tokenizer import Tokenizer
 from companion.unet import UNet, UNetConfig
@@ -41,11 +41,6 @@ def lively(model: torch.nn.Module) -> torch.nn.Module:
         if not p.any():
             p.data = 0.1 * torch.randn(p.shape, generator=g)
     return model.eval()
-
-
-def scheduler(stored: dict, schedule: Schedule) -> Scheduler:
-    config = {k: v for k, v in stored.items() if not k.startswith(("_", "beta"))}
-    return Scheduler(schedule, SchedulerConfig(**config), stored)
 
 
 def words() -> Tokenizer:
@@ -83,7 +78,7 @@ def stable_diffusion(seeing: bool = False) -> StableDiffusion:
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
     )  # fmt: skip
     return StableDiffusion(
-        scheduler=scheduler(DDIM, Schedule.scaled_linear()),
+        scheduler=Scheduler.of(Schedule.scaled_linear(), DDIM),
         text_encoder=CLIPText.fresh(text(tokenizer), g).eval(),
         tokenizer=tokenizer,
         unet=lively(UNet.fresh(unet, g)),
@@ -118,9 +113,9 @@ def imagen() -> Imagen:
 
     projected = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": D}
     return Imagen(
-        scheduler=own_scheduler(),
+        scheduler=Scheduler.of(Schedule.cosine(), SCHEDULER),
         super_res=unet(6, 16, class_embed_type="timestep"),
-        super_res_scheduler=own_scheduler(),
+        super_res_scheduler=Scheduler.of(Schedule.cosine(), SCHEDULER),
         text_encoder=CLIPText.fresh(text(tokenizer), g).eval(),
         tokenizer=tokenizer,
         unet=unet(3, 8, **projected),
@@ -148,16 +143,16 @@ def dalle2(second: bool = True) -> DALLE2:
         class_embed_type="identity", resnet_time_scale_shift="scale_shift", layers_per_block=1,
         attention_head_dim=4, norm_num_groups=4, sample_size=8,
     )  # fmt: skip
-    once = scheduler(UNCLIP, Schedule.cosine())
+    once = Scheduler.of(Schedule.cosine(), UNCLIP)
     more = {"super_res_second": upsampler(g, 32), "super_res_second_scheduler": once}
     return DALLE2(
         decoder=lively(ADMUNet.fresh(decoder, g)),
-        decoder_scheduler=scheduler(
-            UNCLIP | {"variance_type": "learned_range"}, Schedule.cosine()
+        decoder_scheduler=Scheduler.of(
+            Schedule.cosine(), UNCLIP | {"variance_type": "learned_range"}
         ),
         prior=lively(Prior.fresh(PriorConfig(2, 4, 1, D, 12), g)),
-        prior_scheduler=scheduler(
-            UNCLIP | {"prediction_type": "sample", "clip_sample_range": 5.0}, Schedule.cosine()
+        prior_scheduler=Scheduler.of(
+            Schedule.cosine(), UNCLIP | {"prediction_type": "sample", "clip_sample_range": 5.0}
         ),
         super_res_first=upsampler(g, 16),
         super_res_last=upsampler(g, 16),

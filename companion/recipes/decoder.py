@@ -13,13 +13,12 @@ from torch.nn import functional as F
 
 from companion import checkpoints, data, diffusion, guidance, samplers
 from companion.adm import CROSS, PLAIN, ADMConfig, ADMUNet
-from companion.clip import halves
-from companion.dalle2 import DALLE2, SCHEDULERS, scheduler
+from companion.dalle2 import DALLE2, own_parts
 from companion.judge import Judge
 from companion.preparation import scaled
 from companion.prior import Prior, TextProjection, TextProjectionConfig
 from companion.prompts import Prompt, marks, prompts
-from companion.recipes.encoded import SIZE, SMALL, Encoded, FrozenCLIP, from_bytes, to_bytes
+from companion.recipes.encoded import SIZE, SMALL, Encoded, FrozenCLIP, shrunk
 from companion.schedule import Schedule
 from companion.scores import frechet
 from companion.storybook import Scene, caption, render, sample
@@ -212,7 +211,7 @@ def exam(model: Decoder, clip: FrozenCLIP, asked: list[Prompt], seed: int = 0) -
     true = render([p.scene for p in asked], SIZE)
     place, texts = clip.see(true), [p.text for p in asked]
     nowhere = model.text_proj.no_image(len(place)).detach()
-    shown = {"true": (from_bytes(to_bytes(true)) + 1) / 2}
+    shown = {"true": shrunk(true)}
     for name, embedding, said in (
         ("from place and caption", place, texts),
         ("from the place", place, [""] * len(texts)),
@@ -242,7 +241,7 @@ def score(model: Decoder, encoded: Encoded) -> dict[str, object]:
     if encoded.rows is None:
         return exam(model, encoded.clip, list(prompts()[:400]))
     pictures, texts = encoded.apart(100)
-    true = (from_bytes(to_bytes(pictures)) + 1) / 2
+    true = shrunk(pictures)
     g = torch.Generator().manual_seed(FRESH)
     drawn = in_parts(model, encoded.clip, encoded.clip.see(pictures), texts, g)
     return {
@@ -270,19 +269,8 @@ def look(model: Decoder, n: int = 8) -> Tensor:
 
 def assemble(clip: FrozenCLIP, prior: Prior, decoder: Decoder, upsampler: ADMUNet) -> DALLE2:
     """The trained networks as one system, whose folder stock's unCLIP pipelines open."""
-    words, pictures = halves(clip.clip)
-    return DALLE2(
-        prior=prior,
-        decoder=decoder.unet,
-        text_proj=decoder.text_proj,
-        super_res_first=upsampler,
-        super_res_last=upsampler,  # Karlo has another one for the last step
-        text_encoder=words,
-        tokenizer=clip.tokenizer,
-        image_encoder=pictures,
-        feature_extractor=clip.preparation,
-        **{name: scheduler(name) for name in SCHEDULERS if "second" not in name},
-    )
+    own = clip.clip, clip.tokenizer, clip.preparation
+    return DALLE2(**own_parts(*own, prior, decoder.unet, decoder.text_proj, upsampler))
 
 
 RECIPES = (

@@ -1,9 +1,9 @@
 """What the recipes of DALL·E 2 train on: pictures and captions as a frozen CLIP reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -75,8 +75,8 @@ class Group:
     small: Tensor  # (G, 3, 16, 16) uint8
 
 
-class Encoded:
-    """Pictures by number, each drawn and read by the frozen CLIP once, when first asked for.
+class Numbered:
+    """Pictures by number, in groups that are drawn once, and what can be said of them.
 
     Without a folder: Storybook scenes, none with a held-out combination; what their captions say
     and leave out is drawn anew each time. With one: its pictures and their captions, of which every
@@ -87,32 +87,78 @@ class Encoded:
         scenes: How many Storybook scenes there are.
     """
 
+    purpose: str  # names the stream of scenes: another one is another set of pictures
+    made: Callable[[list[Scene] | list[str], Tensor], Any]  # what is kept of a group of pictures
+
     def __init__(self, folder: Path | None = None, scenes: int = SCENES) -> None:
-        self.clip = FrozenCLIP.open()
         self.rows = None if folder is None else data.ImageFolder(folder, SIZE)
         n = scenes if self.rows is None else len(self.rows)
         apart = self.rows is not None and n >= 20
         self.used = [i for i in range(n) if not (apart and i % 10 == 9)]
         self.kept = [i for i in range(n) if apart and i % 10 == 9]
-        self._groups: dict[int, Group] = {}
+        self._groups: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self.used)
 
-    def group(self, number: int) -> Group:
-        """Pictures to train on, from ``number * 64`` on. Which they are decides the result to the
-        last bit, so that a resumed run sees the same ones."""
+    def group(self, number: int) -> Any:
+        """Pictures to train on, from ``number * 64`` on, with their ``about``. Which they are
+        decides the result to the last bit, so that a resumed run sees the same ones."""
         if number not in self._groups:
-            first = number * GROUP
-            places = self.used[first : first + GROUP]
+            places = self.used[number * GROUP : (number + 1) * GROUP]
             if self.rows is None:
-                g = generator(0, "scenes of DALL-E 2", number)
-                about = sample(len(places), g)
+                about = sample(len(places), generator(0, self.purpose, number))
                 pictures = render(about, SIZE)
             else:
                 about, pictures = self._read(places)
-            self._groups[number] = Group(about, self.clip.see(pictures), to_bytes(pictures))
+            self._groups[number] = self.made(about, pictures)
         return self._groups[number]
+
+    def places(self, indices: Tensor) -> list[int]:
+        """Numbers of the pictures of samples: first all in their order, then shuffled."""
+        n = len(self)
+        later = pick(indices, n).tolist()
+        return [i if i < n else later[k] for k, i in enumerate(indices.tolist())]
+
+    def take(self, places: Sequence[int]) -> list[tuple[Any, int]]:
+        """For each number its group, and where in the group it stands."""
+        return [(self.group(i // GROUP), i % GROUP) for i in places]
+
+    def captions(
+        self, found: Sequence[tuple[Any, int]], generator: torch.Generator, dropped: float
+    ) -> list[str]:
+        """A caption of each, of which the share ``dropped`` is replaced by the empty one."""
+        texts = [self.say(group.about[k], generator) for group, k in found]
+        kept = (torch.rand(len(texts), generator=generator) >= dropped).tolist()
+        return [text if k else "" for text, k in zip(texts, kept, strict=True)]
+
+    @staticmethod
+    def say(about: Scene | str, generator: torch.Generator) -> str:
+        """A caption: as CLIP was taught, half of them complete; or the reader's own."""
+        return about if isinstance(about, str) else spoken(about, generator)[1]
+
+    def apart(self, n: int) -> tuple[Tensor, list[str]]:
+        """At most ``n`` of a folder's pictures that are not trained on, and their captions."""
+        about, pictures = self._read((self.kept or self.used)[:n])
+        return pictures, about
+
+    def _read(self, places: list[int]) -> tuple[list[str], Tensor]:
+        rows = [self.rows[i] for i in places]
+        return [row["text"] for row in rows], torch.stack([row["picture"] for row in rows])
+
+
+class Encoded(Numbered):
+    """Pictures by number, each drawn and read by the frozen CLIP once, when first asked for."""
+
+    purpose = "scenes of DALL-E 2"
+
+    def __init__(self, folder: Path | None = None, scenes: int = SCENES) -> None:
+        super().__init__(folder, scenes)
+        self.clip = FrozenCLIP.open()
+
+    def made(self, about: list[Scene] | list[str], pictures: Tensor) -> Group:
+        """Where CLIP puts the pictures, and how they look small."""
+        return Group(about, self.clip.see(pictures), to_bytes(pictures))
 
     def batch(
         self, indices: Tensor, generator: torch.Generator, dropped: float
@@ -128,13 +174,8 @@ class Encoded:
             ``embedding`` (B, D) of the picture; ``small`` (B, 3, 16, 16) in [-1, 1]; ``text``
             (B, D), ``states`` (B, N, D) and ``mask`` (B, N) of the caption.
         """
-        n = len(self)
-        later = pick(indices, n).tolist()
-        places = [i if i < n else later[k] for k, i in enumerate(indices.tolist())]
-        found = [(self.group(i // GROUP), i % GROUP) for i in places]
-        texts = [self.say(group.about[k], generator) for group, k in found]
-        kept = (torch.rand(len(texts), generator=generator) >= dropped).tolist()
-        words = self.clip.read([text if k else "" for text, k in zip(texts, kept, strict=True)])
+        found = self.take(self.places(indices))
+        words = self.clip.read(self.captions(found, generator, dropped))
         return {
             "embedding": torch.stack([group.embedding[k] for group, k in found]),
             "small": from_bytes(torch.stack([group.small[k] for group, k in found])),
@@ -143,26 +184,12 @@ class Encoded:
             "mask": words.mask,
         }
 
-    @staticmethod
-    def say(about: Scene | str, generator: torch.Generator) -> str:
-        """A caption: as CLIP was taught, half of them complete; or the reader's own."""
-        return about if isinstance(about, str) else spoken(about, generator)[1]
-
     def measured(self) -> tuple[Tensor, Tensor]:
         """Places of the first 4096 pictures and of a caption of each, (n, D) twice."""
         g = torch.Generator().manual_seed(0)
         groups = [self.group(k) for k in range(-(-min(MEASURED, len(self)) // GROUP))]
         texts = [self.say(one, g) for group in groups for one in group.about]
         return torch.cat([group.embedding for group in groups]), self.clip.read(texts).embedding
-
-    def apart(self, n: int) -> tuple[Tensor, list[str]]:
-        """At most ``n`` of a folder's pictures that are not trained on, and their captions."""
-        about, pictures = self._read((self.kept or self.used)[:n])
-        return pictures, about
-
-    def _read(self, places: list[int]) -> tuple[list[str], Tensor]:
-        rows = [self.rows[i] for i in places]
-        return [row["text"] for row in rows], torch.stack([row["picture"] for row in rows])
 
 
 def to_bytes(pictures: Tensor) -> Tensor:
@@ -173,6 +200,11 @@ def to_bytes(pictures: Tensor) -> Tensor:
 def from_bytes(small: Tensor) -> Tensor:
     """Back, to [-1, 1]."""
     return data.to_signed(small.float() / 255)
+
+
+def shrunk(pictures: Tensor) -> Tensor:
+    """Pictures of 64 pixels as a perfect decoder would draw them: (B, 3, 16, 16) in [0, 1]."""
+    return (from_bytes(to_bytes(pictures)) + 1) / 2
 
 
 def again(scene: Scene, generator: torch.Generator) -> Scene:

@@ -6,7 +6,7 @@ left out, as there. Smaller than the paper's in every way, and the language mode
 predicts the next token, so a state knows only what stands before it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,26 +17,36 @@ from torch.nn import functional as F
 from companion import checkpoints, data, diffusion
 from companion.adm import CROSS, PLAIN, ADMConfig, ADMUNet
 from companion.clip import CLIPText, CLIPTextConfig
-from companion.imagen import Imagen, Told, own_scheduler, told_of
+from companion.imagen import SCHEDULER, Imagen, Told, drawing, enlarging, laid_over, told_of
 from companion.judge import Judge
 from companion.preparation import scaled
 from companion.prompts import Prompt, marks, prompts
 from companion.recipes.clip import spoken
-from companion.recipes.encoded import GROUP, SIZE, SMALL, from_bytes, to_bytes
+from companion.recipes.encoded import (
+    GROUP,
+    SCENES,
+    SIZE,
+    SMALL,
+    Numbered,
+    from_bytes,
+    shrunk,
+    to_bytes,
+)
 from companion.recipes.priors import mean_of
-from companion.recipes.upsamplers import FACTOR, windows
+from companion.recipes.upsamplers import FACTOR, distances, windows
 from companion.schedule import Schedule
+from companion.scheduler import Scheduler
 from companion.scores import frechet
 from companion.storybook import Scene, caption, render, sample
 from companion.tokenizer import Tokenizer
-from companion.train import Recipe, generator, pick
+from companion.train import Recipe, pick
 
 LAYERS, HEADS, WIDTH = 3, 4, 128
-SCENES = 40_000
 NO_CAPTION = 0.1  # share left out, for guidance (section 2.2)
 CROP = 32  # of the large picture, that a step of the upsampler sees
 MOST = 500  # timestep up to which the small picture is noised in training
 STEPS, GUIDANCE = 25, 3.0
+OWN = Scheduler.of(Schedule.cosine(), SCHEDULER)
 FRESH = 97  # the seed of scenes for the score, which no training draws from
 
 
@@ -149,27 +159,16 @@ class Group:
     small: Tensor  # (G, 3, 16, 16) uint8
 
 
-class Read:
-    """Pictures by number, each drawn once, and captions as the frozen language model reads them.
+class Read(Numbered):
+    """Pictures by number, each drawn once, and captions as the frozen language model reads them."""
 
-    Args:
-        folder: The reader's ``imagefolder``, of which every tenth is kept for the score.
-        scenes: How many Storybook scenes there are.
-    """
+    purpose = "scenes of Imagen"
 
     def __init__(self, folder: Path | None = None, scenes: int = SCENES) -> None:
+        super().__init__(folder, scenes)
         where = checkpoints.WEIGHTS / "language-model"
         self.text = CLIPText.from_pretrained(where).requires_grad_(False)
         self.tokenizer = Tokenizer.from_pretrained(where)
-        self.rows = None if folder is None else data.ImageFolder(folder, SIZE)
-        n = scenes if self.rows is None else len(self.rows)
-        apart = self.rows is not None and n >= 20
-        self.used = [i for i in range(n) if not (apart and i % 10 == 9)]
-        self.kept = [i for i in range(n) if apart and i % 10 == 9]
-        self._groups: dict[int, Group] = {}
-
-    def __len__(self) -> int:
-        return len(self.used)
 
     @torch.no_grad()
     def read(self, texts: list[str]) -> Told:
@@ -178,44 +177,28 @@ class Read:
         states = torch.cat([self.text(ids).states for ids in tokens.ids.split(GROUP)])
         return told_of(states, tokens.mask)
 
-    def group(self, number: int) -> Group:
-        """Pictures to train on, from ``number * 64`` on."""
-        if number not in self._groups:
-            places = self.used[number * GROUP : (number + 1) * GROUP]
-            if self.rows is None:
-                about = sample(len(places), generator(0, "scenes of Imagen", number))
-                pictures = render(about, SIZE)
-            else:
-                about, pictures = self._read(places)
-            large = (255 * pictures).round().to(torch.uint8)
-            self._groups[number] = Group(about, large, to_bytes(pictures))
-        return self._groups[number]
+    def made(self, about: list[Scene] | list[str], pictures: Tensor) -> Group:
+        """The pictures, large and small."""
+        return Group(about, (255 * pictures).round().to(torch.uint8), to_bytes(pictures))
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures (B, 3, 64, 64) and (B, 3, 16, 16) in [-1, 1] and captions, one in ten empty."""
-        n = len(self)
-        later = pick(indices, n).tolist()
-        places = [i if i < n else later[k] for k, i in enumerate(indices.tolist())]
-        found = [(self.group(i // GROUP), i % GROUP) for i in places]
-        texts = []
-        for group, k in found:
-            about = group.about[k]
-            texts.append(about if isinstance(about, str) else spoken(about, generator)[1])
-        kept = (torch.rand(len(texts), generator=generator) >= NO_CAPTION).tolist()
-        told = self.read([text if k else "" for text, k in zip(texts, kept, strict=True)])
+        return self._told(self.take(self.places(indices)), generator)
+
+    def kept_batch(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """The same of at most ``n`` of a folder's pictures that are not trained on."""
+        pictures, texts = self.apart(n)
+        group = self.made(texts, pictures)
+        return self._told([(group, k) for k in range(len(texts))], generator)
+
+    def _told(
+        self, found: list[tuple[Group, int]], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        told = self.read(self.captions(found, generator, NO_CAPTION))
         return told._asdict() | {
             "large": from_bytes(torch.stack([group.large[k] for group, k in found])),
             "small": from_bytes(torch.stack([group.small[k] for group, k in found])),
         }
-
-    def apart(self, n: int) -> tuple[Tensor, list[str]]:
-        """At most ``n`` of a folder's pictures that are not trained on, and their captions."""
-        about, pictures = self._read((self.kept or self.used)[:n])
-        return pictures, about
-
-    def _read(self, places: list[int]) -> tuple[list[str], Tensor]:
-        rows = [self.rows[i] for i in places]
-        return [row["text"] for row in rows], torch.stack([row["picture"] for row in rows])
 
 
 # --- the base -------------------------------------------------------------------------------------
@@ -257,7 +240,11 @@ def _unet(
 
 def base_batch(indices: Tensor, generator: torch.Generator, read: Read) -> dict[str, Tensor]:
     """Small pictures, captions, and what they are noised with."""
-    found = read.batch(indices, generator)
+    return for_base(read.batch(indices, generator), generator)
+
+
+def for_base(found: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Of pictures and captions what the base's loss compares."""
     del found["large"]
     x0 = found.pop("small")
     return found | {
@@ -279,7 +266,11 @@ def base_loss(model: ADMUNet, batch: dict[str, Tensor], read: object) -> tuple[T
 
 def upsampler_batch(indices: Tensor, generator: torch.Generator, read: Read) -> dict[str, Tensor]:
     """Crops of large pictures, the small ones noised to a level that is told, captions."""
-    found = read.batch(indices, generator)
+    return for_upsampler(read.batch(indices, generator), generator)
+
+
+def for_upsampler(found: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Of pictures and captions what the upsampler's loss compares."""
     large, small = found.pop("large"), found.pop("small")
     n = len(large)
     corners = FACTOR * torch.randint((SIZE - CROP) // FACTOR + 1, (n, 2), generator=generator)
@@ -310,9 +301,9 @@ def upsampler_loss(model: ADMUNet, batch: dict[str, Tensor], read: object) -> tu
 def assemble(read: Read, unet: ADMUNet, super_res: ADMUNet) -> Imagen:
     """The trained networks as one system."""
     return Imagen(
-        scheduler=own_scheduler(),
+        scheduler=OWN,
         super_res=super_res,
-        super_res_scheduler=own_scheduler(),
+        super_res_scheduler=OWN,
         text_encoder=read.text,
         tokenizer=read.tokenizer,
         unet=unet,
@@ -324,27 +315,25 @@ def draw_small(
     model: ADMUNet, read: Read, texts: list[str], g: torch.Generator, scale: float = GUIDANCE
 ) -> Tensor:
     """The base alone: captions to pictures (B, 3, 16, 16) in [0, 1], as the system draws them."""
-    system = assemble(read, model, _idle(read))
-    scheduler, found = system.scheduler, []
-    timesteps = scheduler.timesteps("ddpm", STEPS)
+    timesteps, found = OWN.timesteps("ddpm", STEPS), []
     for i in range(0, len(texts), 50):
         told = read.read(texts[i : i + 50])
-        null = Told(*(x.repeat_interleave(len(told.mask), 0) for x in read.read([""])))
-        denoise = system.drawing(told, null, scale, 0.95)
+        denoise = drawing(model, OWN, told, nothing(read, len(told.mask)), scale, 0.95)
         x = torch.randn(len(told.mask), 3, SMALL, SMALL, generator=g)
-        found.append(scheduler.walk("ddpm", denoise, x, timesteps, generator=g))
+        found.append(OWN.walk("ddpm", denoise, x, timesteps, generator=g))
     return data.to_unit(torch.cat(found))
 
 
-def _idle(read: Read) -> ADMUNet:
-    return upsampler(read).eval()
+def nothing(read: Read, n: int) -> Told:
+    """The empty caption, n times."""
+    return Told(*(x.repeat_interleave(n, 0) for x in read.read([""])))
 
 
 def exam(model: ADMUNet, read: Read, asked: list[Prompt], seed: int = 0) -> dict[str, object]:
     """What the judge reads from 16 x 16 pictures of prompts, enlarged by a bicubic."""
     judge, g = Judge.from_pretrained(), torch.Generator().manual_seed(seed)
     true = render([p.scene for p in asked], SIZE)
-    small = (from_bytes(to_bytes(true)) + 1) / 2
+    small = shrunk(true)
     drawn = draw_small(model, read, [p.text for p in asked], g)
     found, features = {}, {}
     for name, shown in ((", true pictures", small), ("", drawn)):
@@ -360,14 +349,14 @@ def base_score(model: ADMUNet, read: Read) -> dict[str, object]:
     """The exam on the first 400 prompts; for a reader's folder, the loss on pictures apart."""
     if read.rows is None:
         return exam(model, read, list(prompts()[:400]))
-    return _kept_loss(model, read, base_batch, base_loss)
+    return kept_loss(model, read, for_base, base_loss)
 
 
 @torch.no_grad()
 def upsampler_score(model: ADMUNet, read: Read) -> dict[str, object]:
     """Against bicubic enlargement, on 300 pictures that were never trained on."""
     if read.rows is not None:
-        return _kept_loss(model, read, upsampler_batch, upsampler_loss)
+        return kept_loss(model, read, for_upsampler, upsampler_loss)
     judge, g = Judge.from_pretrained(), torch.Generator().manual_seed(FRESH)
     scenes = sample(300, g)
     real, texts = render(scenes, SIZE), [caption(s, generator=g) for s in scenes]
@@ -379,14 +368,7 @@ def upsampler_score(model: ADMUNet, read: Read) -> dict[str, object]:
             for i in range(0, len(small), 50)
         ]
         ways[f"upsampled, noise up to timestep {level}"] = torch.cat(drawn)
-    features = {name: judge.features(x) for name, x in {"real": real, **ways}.items()}
-    found: dict[str, object] = {}
-    for name in ways:
-        distance = frechet(features["real"], features[name])
-        found[f"Fréchet distance from the true pictures, {name}"] = distance
-        error = (ways[name] - real).square().flatten(1).mean(1)
-        found[f"PSNR in dB, {name}"] = (-10 * error.log10()).mean().item()
-    return found
+    return distances(judge, real, ways)[0]
 
 
 @torch.no_grad()
@@ -401,27 +383,25 @@ def enlarge(
     scale: float = 1.0,
 ) -> Tensor:
     """Small pictures (B, 3, 16, 16) in [0, 1] to (B, 3, 64, 64), as the system enlarges them."""
-    system = assemble(read, base(read).eval(), model)
-    scheduler = system.super_res_scheduler
     signed, told = data.to_signed(small), read.read(texts)
-    null = Told(*(x.repeat_interleave(len(small), 0) for x in read.read([""])))
+    null = nothing(read, len(small))
     noise = torch.randn(signed.shape, generator=g)
-    below = system.laid_over(signed, noise, augmentation, (SIZE, SIZE))
-    denoise = system.enlarging(below, augmentation, told, null, scale, None)
+    below = laid_over(OWN, signed, noise, augmentation, (SIZE, SIZE))
+    denoise = enlarging(model, OWN, below, augmentation, told, null, scale, None)
     x = torch.randn(len(small), 3, SIZE, SIZE, generator=g)
-    timesteps = scheduler.timesteps("ddpm", steps)
-    return data.to_unit(scheduler.walk("ddpm", denoise, x, timesteps, generator=g))
+    timesteps = OWN.timesteps("ddpm", steps)
+    return data.to_unit(OWN.walk("ddpm", denoise, x, timesteps, generator=g))
 
 
-def _kept_loss(model: ADMUNet, read: Read, batch, loss) -> dict[str, float]:
+def kept_loss(
+    model: ADMUNet,
+    read: Read,
+    compared: Callable[..., dict[str, Tensor]],
+    loss: Callable[..., tuple[Tensor, dict]],
+) -> dict[str, float]:
     """The loss on pictures of a reader's folder that were kept apart."""
-    used, read.used = read.used, read.kept or read.used
-    groups, read._groups = read._groups, {}
-    try:
-        g = torch.Generator().manual_seed(FRESH)
-        value, _ = loss(model, batch(torch.arange(min(200, len(read))), g, read), read)
-    finally:
-        read.used, read._groups = used, groups
+    g = torch.Generator().manual_seed(FRESH)
+    value, _ = loss(model, compared(read.kept_batch(200, g), g), read)
     return {"squared error of the noise, pictures kept apart": value.item()}
 
 

@@ -284,7 +284,7 @@ def _recipe(name: str, about: str, by: Callable[..., Tensor], **numbers: object)
         needs=("clip",),
         batch_size=128,
         chunk=64,
-        minutes=20,
+        minutes=30,
         warmup=200,
         decay="cosine",
         ema=0.998,

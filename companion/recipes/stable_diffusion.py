@@ -13,15 +13,14 @@ from torch import Tensor
 
 from companion import checkpoints, data, diffusion
 from companion.autoencoder import Autoencoder, Posterior
-from companion.clip import CLIPText, halves
 from companion.judge import Judge
 from companion.prompts import Prompt, marks, prompts
-from companion.recipes.encoded import GROUP, SIZE, Encoded, FrozenCLIP
+from companion.recipes.encoded import SIZE, FrozenCLIP, Numbered
 from companion.schedule import Schedule
 from companion.scores import frechet
-from companion.stable_diffusion import StableDiffusion, own_scheduler
+from companion.stable_diffusion import StableDiffusion, own_parts
 from companion.storybook import Scene, caption, render, sample
-from companion.train import Recipe, generator, pick
+from companion.train import Recipe
 from companion.unet import UNet, UNetConfig
 
 WIDTHS = (64, 112)  # at 8 x 8 and at 4 x 4, both looking at the text
@@ -40,27 +39,21 @@ class Folded:
     log_variance: Tensor
 
 
-class Latents(Encoded):
+class Latents(Numbered):
     """Pictures by number, each drawn and folded by the frozen autoencoder once."""
+
+    purpose = "scenes of Stable Diffusion"
 
     def __init__(self, folder: Path | None = None, **options: int) -> None:
         super().__init__(folder, **options)
+        self.clip = FrozenCLIP.open()
         self.vae = Autoencoder.from_pretrained(checkpoints.WEIGHTS / "autoencoder")
         self.vae.requires_grad_(False)
-        self._folded: dict[int, Folded] = {}
 
-    def fold(self, number: int) -> Folded:
-        """Pictures to train on, from ``number * 64`` on."""
-        if number not in self._folded:
-            places = self.used[number * GROUP : (number + 1) * GROUP]
-            if self.rows is None:
-                about = sample(len(places), generator(0, "scenes of Stable Diffusion", number))
-                pictures = render(about, SIZE)
-            else:
-                about, pictures = self._read(places)
-            said = self.vae.encode(data.to_signed(pictures))
-            self._folded[number] = Folded(about, said.mean, said.log_variance)
-        return self._folded[number]
+    def made(self, about: list[Scene] | list[str], pictures: Tensor) -> Folded:
+        """The clouds of the pictures' latents."""
+        said = self.vae.encode(data.to_signed(pictures))
+        return Folded(about, said.mean, said.log_variance)
 
     def batch(
         self, indices: Tensor, generator: torch.Generator, dropped: float
@@ -76,17 +69,11 @@ class Latents(Encoded):
             ``x0`` (B, 4, 8, 8), drawn from its cloud and scaled; ``states`` (B, N, K), or all of
             the pictures (B, 1 + patches, K).
         """
-        n = len(self)
-        later = pick(indices, n).tolist()
-        places = [i if i < n else later[k] for k, i in enumerate(indices.tolist())]
-        found = [(self.fold(i // GROUP), i % GROUP) for i in places]
-        texts = [self.say(group.about[k], generator) for group, k in found]
-        kept = (torch.rand(len(texts), generator=generator) >= dropped).tolist()
-        if torch.rand((), generator=generator) < SHOWN:
-            states = self.show(places)
-        else:
-            said = [text if k else "" for text, k in zip(texts, kept, strict=True)]
-            states = self.clip.read(said).states
+        places = self.places(indices)
+        found = self.take(places)
+        said = self.captions(found, generator, dropped)
+        shown = torch.rand((), generator=generator) < SHOWN
+        states = self.show(places) if shown else self.clip.read(said).states
         mean = torch.stack([group.mean[k] for group, k in found])
         log_variance = torch.stack([group.log_variance[k] for group, k in found])
         z = Posterior(mean, log_variance).sample(generator)
@@ -96,7 +83,7 @@ class Latents(Encoded):
     def show(self, places: list[int]) -> Tensor:
         """The states of CLIP's picture tower for pictures by number, (B, 1 + patches, K)."""
         if self.rows is None:
-            pictures = render([self.fold(i // GROUP).about[i % GROUP] for i in places], SIZE)
+            pictures = render([group.about[k] for group, k in self.take(places)], SIZE)
         else:
             pictures = self._read([self.used[i] for i in places])[1]
         tower, size = self.clip.clip.vision_model, self.clip.clip.config.vision_config.image_size
@@ -145,18 +132,8 @@ def loss(model: UNet, batch: dict[str, Tensor], latents: object) -> tuple[Tensor
 
 def assemble(clip: FrozenCLIP, vae: Autoencoder, unet: UNet) -> StableDiffusion:
     """The trained networks as one system, whose folder stock's pipelines open."""
-    words, pictures = halves(clip.clip)
-    text = CLIPText(words.config)
-    text.text_model = words.text_model
-    return StableDiffusion(
-        unet=unet,
-        vae=vae,
-        text_encoder=text.eval(),
-        image_encoder=pictures,
-        feature_extractor=clip.preparation,
-        tokenizer=clip.tokenizer,
-        scheduler=own_scheduler(),
-    )
+    parts = own_parts(clip.clip, clip.tokenizer, clip.preparation, vae, unet)
+    return StableDiffusion(**parts)
 
 
 def exam(pipe: StableDiffusion, asked: list[Prompt], seed: int = 0) -> dict[str, object]:

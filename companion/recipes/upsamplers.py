@@ -184,6 +184,20 @@ def difference(real: Tensor, one: Tensor, other: Tensor, rounds: int = 200) -> d
     return {"value": value, "low": value - half, "high": value + half, "n": n}
 
 
+def distances(
+    judge: Judge, real: Tensor, ways: dict[str, Tensor], what: str = "pictures"
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """How far enlarged pictures lie from the true ones, by way; and all features, "real" too."""
+    features = {"real": judge.features(real)} | {k: judge.features(x) for k, x in ways.items()}
+    found: dict[str, object] = {}
+    for name in ways:
+        distance = frechet(features["real"], features[name])
+        found[f"Fréchet distance from the true {what}, {name}"] = distance
+        error = (ways[name] - real).square().flatten(1).mean(1)
+        found[f"PSNR in dB, {name}"] = (-10 * error.log10()).mean().item()
+    return found, features
+
+
 @torch.no_grad()
 def score(model: nn.Module, pictures: Pictures, n: int = 500) -> dict[str, object]:
     """Against bicubic enlargement, on pictures that were never trained on.
@@ -197,14 +211,8 @@ def score(model: nn.Module, pictures: Pictures, n: int = 500) -> dict[str, objec
     small = F.avg_pool2d(real, FACTOR)
     ways = {"bicubic": bicubic(small)}
     ways["upsampled"] = torch.cat([upsample(model, x, g) for x in small.split(50)])
-    features = {"real": judge.features(real)} | {k: judge.features(x) for k, x in ways.items()}
     what = "pictures" if pictures.size == size else f"squares of {size} x {size}"
-    found: dict[str, object] = {}
-    for name in ways:
-        distance = frechet(features["real"], features[name])
-        found[f"Fréchet distance from the true {what}, {name}"] = distance
-        error = (ways[name] - real).square().flatten(1).mean(1)
-        found[f"PSNR in dB, {name}"] = (-10 * error.log10()).mean().item()
+    found, features = distances(judge, real, ways, what)
     gap = difference(features["real"], features["bicubic"], features["upsampled"])
     found["Fréchet distance, bicubic less upsampled"] = gap
     if pictures.size == size and scenes:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from companion.pretrained import Pretrained
+from companion.schedule import Schedule
 from companion.tokenizer import Tokenizer
 from reference import published
 from reference.oracle import randomise, stock
@@ -319,3 +320,21 @@ def write_karlo(root: Path, parts: dict, images: bool) -> Path:
     if images:
         write_json(root / "feature_extractor" / "preprocessor_config.json", KARLO_EYE)
     return root
+
+
+def exactly(scheduler):
+    """A stock scheduler with our float64 table of the cosine."""
+    table = Schedule.cosine()
+    scheduler.betas, scheduler.alphas = table.betas, 1 - table.betas
+    scheduler.alphas_cumprod = table.alphas_cumprod
+    scheduler.one = torch.ones((), dtype=torch.float64)
+    return scheduler
+
+
+def exact(pipe):
+    """Give a stock unCLIP pipeline's schedulers that table, and stop its progress bars."""
+    for name in KARLO_SCHEDULERS:
+        if scheduler := getattr(pipe, name, None):
+            exactly(scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

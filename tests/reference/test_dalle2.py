@@ -23,6 +23,7 @@ from reference.systems import (
     KARLO_SCHEDULERS,
     build,
     corrupt,
+    exact,
     karlo,
     perturb,
     pipelines,
@@ -56,18 +57,6 @@ def folders(s, parts, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(folders):
     return {n: DALLE2.from_pretrained(f, dtype=torch.float64) for n, f in folders.items()}
-
-
-def exact(pipe):
-    """Give a stock pipeline's schedulers our float64 table, and stop its progress bars."""
-    table = Schedule.cosine()
-    for name in KARLO_SCHEDULERS:
-        if scheduler := getattr(pipe, name, None):
-            scheduler.betas, scheduler.alphas = table.betas, 1 - table.betas
-            scheduler.alphas_cumprod = table.alphas_cumprod
-            scheduler.one = torch.ones((), dtype=torch.float64)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def opened(s, folder, kind="UnCLIPPipeline"):

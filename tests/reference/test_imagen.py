@@ -12,7 +12,7 @@ from companion import guidance
 from companion.imagen import Imagen
 from companion.schedule import Schedule
 from reference.oracle import TOLERANCE, distance
-from reference.systems import quiet
+from reference.systems import exactly, quiet
 
 TEXTS = ["a red house", "the sea"]
 STEPS = (5, 4)  # parts of 1000: else stock's step ends elsewhere than its next one begins
@@ -66,11 +66,7 @@ def walk(unet, folder, x, steps, scale, ratio, generator, ask):
         sample_max_value=1e9,  # its default, 1, would make dynamic thresholding static
         clip_sample=ratio is None,
     )
-    table = Schedule.cosine()
-    scheduler.betas, scheduler.alphas = table.betas, 1 - table.betas
-    scheduler.alphas_cumprod = table.alphas_cumprod
-    scheduler.one = torch.ones((), dtype=torch.float64)
-    scheduler.set_timesteps(steps)
+    exactly(scheduler).set_timesteps(steps)
     for t in scheduler.timesteps:
         null, given = ask(unet, x, t)
         noise = null + scale * (given - null)

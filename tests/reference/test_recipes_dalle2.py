@@ -13,10 +13,9 @@ from companion.recipes import decoder as decoders
 from companion.recipes import encoded, priors, upsamplers
 from companion.recipes.decoder import Decoder, assemble
 from companion.recipes.encoded import Encoded
-from companion.schedule import Schedule
 from companion.storybook import render, sample
 from reference.oracle import randomise
-from reference.systems import pipelines, quiet
+from reference.systems import exact, pipelines, quiet
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # stock's are deprecated
 TEXTS = ["a red house by the sea at dusk", "two cats"]
@@ -65,14 +64,7 @@ def stock(folder, kind):
     with quiet():
         cls = getattr(pipelines(), kind)
         pipe = cls.from_pretrained(folder, torch_dtype=torch.float64, local_files_only=True)
-    table = Schedule.cosine()
-    for name in decoders.SCHEDULERS:
-        if scheduler := getattr(pipe, name, None):
-            scheduler.betas, scheduler.alphas = table.betas, 1 - table.betas
-            scheduler.alphas_cumprod = table.alphas_cumprod
-            scheduler.one = torch.ones((), dtype=torch.float64)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return exact(pipe)
 
 
 def gen(seed=3):

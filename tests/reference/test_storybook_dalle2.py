@@ -6,11 +6,10 @@ import torch
 from companion.dalle2 import DALLE2
 from companion.judge import Judge
 from companion.storybook import parse, render, sample
-from reference.systems import pipelines, quiet
+from reference.systems import exact, pipelines, quiet
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # stock's are deprecated
 PROMPT = "a red house by the sea at dusk"
-SCHEDULERS = ("prior_scheduler", "decoder_scheduler", "super_res_scheduler")
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +26,11 @@ def folder(tmp_path_factory):
     return whole.save_pretrained(tmp_path_factory.mktemp("storybook"))
 
 
-def stock(folder, kind: str, table):
+def stock(folder, kind: str):
     with quiet():
         cls = getattr(pipelines(), kind)
         pipe = cls.from_pretrained(folder, torch_dtype=torch.float64, local_files_only=True)
-    for name in SCHEDULERS:
-        if scheduler := getattr(pipe, name, None):
-            scheduler.betas, scheduler.alphas = table.betas, 1 - table.betas
-            scheduler.alphas_cumprod = table.alphas_cumprod
-            scheduler.one = torch.ones((), dtype=torch.float64)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return exact(pipe)
 
 
 def gen() -> torch.Generator:
@@ -49,7 +42,7 @@ def drawn(out) -> torch.Tensor:
 
 
 def test_stock_draws_the_same_picture_from_words(ours, folder):
-    pipe = stock(folder, "UnCLIPPipeline", ours.decoder_scheduler.schedule)
+    pipe = stock(folder, "UnCLIPPipeline")
     with quiet():
         out = pipe(
             PROMPT, generator=gen(), output_type="np", decoder_guidance_scale=3.0,
@@ -64,7 +57,7 @@ def test_stock_draws_the_same_picture_from_words(ours, folder):
 
 
 def test_stock_draws_the_same_variations(ours, folder):
-    pipe = stock(folder, "UnCLIPImageVariationPipeline", ours.decoder_scheduler.schedule)
+    pipe = stock(folder, "UnCLIPImageVariationPipeline")
     scene = sample(1, gen())
     picture = render(scene, 64).double()
     place = ours.encode_image(picture)
