@@ -8,6 +8,7 @@ of its own, so that pictures of one prompt differ only in what was told. The tab
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from companion.prior import TextProjection
 from companion.prompts import Prompt, marks, prompts, right, swapped
 from companion.recipes.decoder import GUIDANCE, STEPS, Decoder, legible
 from companion.recipes.encoded import SIZE, SMALL, FrozenCLIP, shrunk
+from companion.samplers import Denoiser
 from companion.schedule import Schedule
 from companion.schedule import draw as noise_like
 from companion.scores import difference, frechet, interval
@@ -40,6 +42,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "nothing": (),
 }
 PARTS = 50  # pictures at a time
+SCHEDULE = Schedule.cosine()  # the decoder's
 
 
 class Told(NamedTuple):
@@ -101,19 +104,47 @@ def draw(
         variance: As ``samplers.ddpm`` has it.
         callback: As ``samplers.ddpm`` has it.
     """
-    schedule, sources = Schedule.cosine(), [torch.Generator().manual_seed(s) for s in seeds]
-
-    def denoise(x: Tensor, t: Tensor, context: Tensor, added: Tensor, mask: Tensor) -> tuple:
-        noise, fraction = model.unet(x, t, context, added, mask).chunk(2, dim=1)
-        return diffusion.to_x0(noise, x, t, schedule, "epsilon"), fraction
-
-    x = noise_like(told.context.new_empty(len(seeds), 3, SMALL, SMALL), sources)
-    t = samplers.timesteps("ddpm", steps, schedule, "linspace")
-    x = samplers.ddpm(
-        guidance.classifier_free(denoise, told, nothing, scale), x, t, schedule,
-        generator=sources, clip=1.0, variance=variance, callback=callback,
-    )  # fmt: skip
+    guided = guidance.classifier_free(partial(answer, model), told, nothing, scale)
+    x = walk(guided, told.context, seeds, steps=steps, variance=variance, callback=callback)
     return data.to_unit(x)
+
+
+def answer(
+    model: Decoder, x: Tensor, t: Tensor, context: Tensor, added: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The clean picture, and the variance's fraction, given what is told."""
+    noise, fraction = model.unet(x, t, context, added, mask).chunk(2, dim=1)
+    return diffusion.to_x0(noise, x, t, SCHEDULE, "epsilon"), fraction
+
+
+@torch.no_grad()
+def walk(
+    guided: Denoiser,
+    like: Tensor,
+    seeds: Sequence[int],
+    *,
+    steps: int = STEPS,
+    variance: str = "learned_range",
+    clip: float | None = 1.0,
+    callback: samplers.Callback = None,
+) -> Tensor:
+    """From noise to pictures (B, 3, 16, 16), around [-1, 1]; equal seeds get equal noise.
+
+    Args:
+        guided: The decoder, told and guided.
+        like: Any tensor of the type and place that pictures are to have.
+        seeds: B of them.
+        steps: Calls of ``guided``.
+        variance: As ``samplers.ddpm`` has it.
+        clip: Likewise.
+        callback: Likewise.
+    """
+    sources = [torch.Generator().manual_seed(s) for s in seeds]
+    x = noise_like(like.new_empty(len(seeds), 3, SMALL, SMALL), sources)
+    t = samplers.timesteps("ddpm", steps, SCHEDULE, "linspace")
+    return samplers.ddpm(
+        guided, x, t, SCHEDULE, generator=sources, clip=clip, variance=variance, callback=callback
+    )
 
 
 class Examined:

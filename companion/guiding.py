@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion import data, diffusion, errors, guidance, samplers
-from companion.decoding import WAYS, Told, tell
+from companion import data, errors, guidance
+from companion.decoding import SCHEDULE, WAYS, Told, answer, tell, walk
 from companion.judge import Judge
 from companion.measure import measurement, over_seeds
 from companion.prompts import Prompt, marks, possibilities, prompts, right, shares_right
-from companion.recipes.decoder import STEPS, Decoder, legible
-from companion.recipes.encoded import SIZE, SMALL, FrozenCLIP, shrunk
+from companion.recipes.decoder import Decoder, legible
+from companion.recipes.encoded import SIZE, FrozenCLIP, shrunk
 from companion.recipes.noised import NoisedClassifier
 from companion.samplers import Denoiser
-from companion.schedule import Schedule
-from companion.schedule import draw as noise_like
 from companion.scores import difference, frechet, interval
 from companion.storybook import Facts, Scene, ThingFacts, parse, render, sample
 
@@ -60,7 +58,7 @@ class Guided:
         self.model = (Decoder.from_pretrained() if model is None else model).eval()
         self.model.requires_grad_(False)
         self.clip = FrozenCLIP.open() if clip is None else clip
-        self.schedule = Schedule.cosine()
+        self.schedule = SCHEDULE
 
     def told(self, texts: Sequence[str], entries: Collection[str] = WAYS["caption"]) -> Told:
         """What the network gets of captions alone; no entries: of nothing."""
@@ -76,27 +74,11 @@ class Guided:
         self, x: Tensor, t: Tensor, context: Tensor, added: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The clean picture, and the variance's fraction, given what is told."""
-        noise, fraction = self.model.unet(x, t, context, added, mask).chunk(2, dim=1)
-        return diffusion.to_x0(noise, x, t, self.schedule, "epsilon"), fraction
+        return answer(self.model, x, t, context, added, mask)
 
-    @torch.no_grad()
-    def walk(
-        self,
-        guided: Denoiser,
-        seeds: Sequence[int],
-        *,
-        steps: int = STEPS,
-        clip: float | None = 1.0,
-        callback: samplers.Callback = None,
-    ) -> Tensor:
-        """From noise to pictures (B, 3, 16, 16), around [-1, 1]; equal seeds get equal noise."""
-        sources = [torch.Generator().manual_seed(seed) for seed in seeds]
-        x = noise_like(torch.empty(len(seeds), 3, SMALL, SMALL), sources)
-        t = samplers.timesteps("ddpm", steps, self.schedule, "linspace")
-        return samplers.ddpm(
-            guided, x, t, self.schedule,
-            generator=sources, clip=clip, variance="learned_range", callback=callback,
-        )  # fmt: skip
+    def walk(self, guided: Denoiser, seeds: Sequence[int], **choices: Any) -> Tensor:
+        """From noise to pictures (B, 3, 16, 16): ``decoding.walk``."""
+        return walk(guided, torch.empty(0), seeds, **choices)
 
     def draw(
         self,
