@@ -30,6 +30,40 @@ def test_an_unknown_name_lists_the_known(capsys):
     assert "import_time" in capsys.readouterr().err
 
 
+def test_what_the_system_does_not_tell_is_no_number(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "BENCHMARKS", {})
+    bench.benchmark("memory", "MB")(lambda: [])
+    assert bench.main([]) == 0
+    assert (
+        capsys.readouterr().out.splitlines()[-1].split()
+        == "memory this system does not tell".split()
+    )
+
+
+@pytest.mark.parametrize("name", ["dalle2", "stable_diffusion"])
+def test_pictures_are_drawn_whole_and_measured_by_the_clock(name, monkeypatch):
+    """Each call of the system is one picture from words, guided as it is in its exam."""
+    import companion
+
+    asked = []
+
+    class System:
+        def __call__(self, prompt, **settings):
+            asked.append((prompt, settings["guidance_scale"]))
+            time.sleep(0.02)
+            return torch.ones(3_000_000)
+
+    kind = {"dalle2": "DALLE2", "stable_diffusion": "StableDiffusion"}[name]
+    monkeypatch.setattr(getattr(companion, kind), "from_pretrained", lambda folder: System())
+    bench.pictures.cache_clear()
+    seconds = bench.BENCHMARKS[f"{name}_picture"].measure()
+    megabytes = bench.BENCHMARKS[f"{name}_memory"].measure()
+    bench.pictures.cache_clear()
+    assert len(seconds) == 6 and min(seconds) >= 0.02
+    assert megabytes == [] or max(megabytes) > 8  # 12 MB, where the system counts them
+    assert set(asked) == {("a red house by the sea at dusk", {"dalle2": 5.0}.get(name, 4.0))}
+
+
 # --- intervals -----------------------------------------------------------------------------------
 
 

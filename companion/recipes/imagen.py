@@ -206,7 +206,7 @@ class Read(Numbered):
 
 def base(read: Read) -> ADMUNet:
     """The decoder's layout, told by states and by their mean."""
-    return _unet(read, 3, (40, 80, 112), SMALL, projection=True)
+    return _unet(read, 3, (32, 64, 96), SMALL, projection=True)
 
 
 def upsampler(read: Read) -> ADMUNet:
@@ -476,7 +476,7 @@ RECIPES = (
         sample=look_at_base,
         score=base_score,
         needs=("language-model", "judge"),
-        steps=3000,
+        steps=6000,
         batch_size=64,
         minutes=60,
         data_about="40,000 Storybook scenes, each with a new caption whenever it is seen",
