@@ -41,7 +41,7 @@ from companion.storybook import Scene, caption, render, sample
 from companion.tokenizer import Tokenizer
 from companion.train import Recipe, pick
 
-LAYERS, HEADS, WIDTH = 3, 4, 128
+LAYERS, HEADS, WIDTH = 3, 4, 96
 NO_CAPTION = 0.1  # share left out, for guidance (section 2.2)
 CROP = 32  # of the large picture, that a step of the upsampler sees
 MOST = 500  # timestep up to which the small picture is noised in training
@@ -211,7 +211,7 @@ def base(read: Read) -> ADMUNet:
 
 def upsampler(read: Read) -> ADMUNet:
     """Text-conditional, told how noisy the small picture under the noisy one is (section 2.4)."""
-    return _unet(read, 6, (24, 40, 64), SIZE, projection=False)
+    return _unet(read, 6, (16, 32, 48), SIZE, projection=False)
 
 
 def _unet(
