@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from companion import checkpoints, measure
+from companion.scores import interval
 
 Found = dict[str, float]
 
@@ -111,6 +112,50 @@ def _text_to_picture() -> list[Bar]:
     return found
 
 
+def _held_out() -> Found:
+    """Prompts for combinations that no training saw, with one thing or two."""
+    found = _stored("stable-diffusion")["ways"]["from words"]["marks"]
+    parts = [found[f"{count}, held out"] for count in ("one thing", "two things")]
+    return interval(sum(round(p["value"] * p["n"]) for p in parts), sum(int(p["n"]) for p in parts))
+
+
+def _stable_diffusion() -> list[Bar]:
+    found = []
+    for mark, about, least in (
+        ("sky", "sky right", None),
+        ("place", "place right", None),
+        ("one thing", "prompts with one thing wholly right", 0.95),
+        ("two things", "prompts with two things wholly right", 0.8),
+        ("swapped", "colours exchanged, of those with both kinds and both colours", None),
+    ):
+        number = result("stable-diffusion", "ways", "from words", "marks", mark)
+        found.append(Bar(f"Stable Diffusion, {about}", 13, number, least, low=least is not None))
+    ten = ("latent-steps", "rows", "dpmpp_2m, 10 steps")
+    found += [
+        Bar("the same for combinations that no training saw", 13, _held_out, 0.6),
+        Bar(
+            "ten steps of DPM-Solver++ less a hundred of DDIM, prompts wholly right",
+            13,
+            result(*ten, "more wholly right"),
+            -0.02,
+        ),
+    ]
+    for what, about in (
+        ("distance", "the distance from the picture grows"),
+        ("of b", "more facts are the words'"),
+        ("of a", "fewer facts are the picture's"),
+    ):
+        number = result("image-to-image", "least step", what)
+        found.append(Bar(f"image to image, at each greater strength {about}, by", 13, number, 0.0))
+    shown = ("image-prompt", "rows", "the picture for words, s = 4", "facts")
+    found.append(Bar("facts of a picture that stands for words", 13, result(*shown), 0.8))
+    for what in ("inside", "outside"):
+        number = result("inpainting", "rows", "all, repainted, pasted", what)
+        about = {"inside": "obeyed inside the mask", "outside": "facts outside as they were"}[what]
+        found.append(Bar(f"inpainting, {about}", 13, number))
+    return found
+
+
 def bars() -> list[Bar]:
     """All of them, by chapter."""
     found = [
@@ -181,6 +226,7 @@ def bars() -> list[Bar]:
             0.98,
         ),
     ]
+    found += _stable_diffusion()
     return found
 
 

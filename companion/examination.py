@@ -16,13 +16,18 @@ from companion.dalle2 import DALLE2
 from companion.judge import Judge
 from companion.measure import measurement
 from companion.prompts import Prompt, marks, prompts, right, variety
+from companion.recipes.autoencoder import round_trip
+from companion.recipes.stable_diffusion import GUIDANCE as SD_GUIDANCE
+from companion.recipes.stable_diffusion import STEPS as SD_STEPS
 from companion.recipes.upsamplers import FACTOR, upsample
 from companion.scores import frechet, interval
+from companion.stable_diffusion import StableDiffusion
 from companion.storybook import Facts, render
 
 SIZE, TOGETHER, SEED = 64, 50, 0
 DALLE2_GUIDANCE, PRIOR_GUIDANCE, CANDIDATES = 5.0, 1.0, 2
-CEILINGS = 400  # prompts whose true pictures go through CLIP, or through the upsampler
+SD_SAMPLER = "dpmpp_2m"
+CEILINGS = 400  # prompts whose true pictures go through CLIP, upsampler or autoencoder
 OPEN, EACH = 16, 30  # prompts that leave things open, and pictures of each, for variety
 
 Draw = Callable[[Sequence[Prompt], torch.Generator], Tensor]
@@ -172,4 +177,80 @@ def text_to_picture() -> dict[str, Any]:
         "prompts for pictures of true ones": CEILINGS,
         "ways": examine({"from words": dalle2_draws(pipe)}, asked) | ceilings,
         "variety": varied(dalle2_draws(pipe), loose(asked)),
+    }
+
+
+# --- Stable Diffusion -----------------------------------------------------------------------------
+
+
+def stable_diffusion() -> StableDiffusion:
+    """The book's own."""
+    return StableDiffusion.from_pretrained("storybook")
+
+
+def stable_diffusion_draws(
+    pipe: StableDiffusion, *, sampler: str = SD_SAMPLER, steps: int = SD_STEPS
+) -> Draw:
+    """Text to picture, as the examination has it."""
+
+    def draw(asked: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        return pipe(
+            [p.text for p in asked],
+            steps=steps,
+            sampler=sampler,
+            guidance_scale=SD_GUIDANCE,
+            generator=generator,
+            truncate=True,
+        )
+
+    return draw
+
+
+def stable_diffusion_returns(pipe: StableDiffusion) -> Draw:
+    """What CLIP sees in a true picture, and from there back to a picture."""
+
+    def draw(asked: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        return pipe(
+            image_prompt=render([p.scene for p in asked], SIZE),
+            steps=SD_STEPS,
+            sampler=SD_SAMPLER,
+            guidance_scale=SD_GUIDANCE,
+            generator=generator,
+        )
+
+    return draw
+
+
+def stable_diffusion_unfolds(pipe: StableDiffusion) -> Draw:
+    """A true picture to a latent and back: the ceiling."""
+    return lambda asked, _: round_trip(pipe.vae, render([p.scene for p in asked], SIZE))
+
+
+@measurement(
+    "stable-diffusion",
+    "Stable Diffusion on the thousand prompts at 64 x 64 pixels, one picture each, read by the"
+    " judge; true pictures through CLIP's picture tower and back, and through the autoencoder; what"
+    " the prompts leave open",
+    minutes=7,
+    needs=(*StableDiffusion.made_of, "judge", "judge-second"),
+)
+def words_to_latents() -> dict[str, Any]:
+    """What chapter 13 prints, and ``make scores``."""
+    pipe, asked = stable_diffusion(), prompts()
+    draw = stable_diffusion_draws(pipe)
+    returns = {
+        "true pictures, through CLIP and back": stable_diffusion_returns(pipe),
+        "true pictures, folded and unfolded": stable_diffusion_unfolds(pipe),
+    }
+    ceilings = examine(returns, asked[:CEILINGS])
+    del ceilings["true pictures"]  # counted with all prompts
+    return {
+        "guidance_scale": SD_GUIDANCE,
+        "steps": SD_STEPS,
+        "sampler": SD_SAMPLER,
+        "seeds": [SEED],
+        "prompts": len(asked),
+        "prompts for pictures of true ones": CEILINGS,
+        "ways": examine({"from words": draw}, asked) | ceilings,
+        "variety": varied(draw, loose(asked)),
     }

@@ -26,9 +26,9 @@ FLOORS = {
         "stable_diffusion",
     },
     "side doors": {
-        "__main__", "bars", "bench", "changing", "contest", "decoding", "examination",
+        "__main__", "asking", "bars", "bench", "changing", "contest", "decoding", "examination",
         "exercises", "factors", "guiding", "judge", "mapping", "matching", "measure", "muon",
-        "notebooks", "prompts", "recipes", "scores", "show", "train", "widgets",
+        "notebooks", "prompts", "recipes", "repainting", "scores", "show", "train", "widgets",
     },
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS.values()) for room in rooms}
