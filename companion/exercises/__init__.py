@@ -17,6 +17,7 @@ from companion.exercises import (
     chapter06,
     chapter07,
     chapter08,
+    chapter12,
     chapter14,
 )
 from companion.exercises.checking import CHECKS, NotYet, check, exercise, verdict
