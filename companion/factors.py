@@ -276,6 +276,7 @@ def autoencoders(
         model, curve = trained(Plan(8, 4), pictures, x[:1], seconds / 2, looks=1, kl_weight=price)
         paid.append({"kl_weight": price, "pictures": curve[-1]["pictures"], **cloud(model, x)})
     return {
+        "seeds": [0],
         "seconds": seconds,
         "scenes": scenes,
         "fresh": n,
