@@ -17,6 +17,7 @@ from companion.exercises import (
     chapter06,
     chapter07,
     chapter08,
+    chapter09,
     chapter12,
     chapter14,
 )

@@ -9,6 +9,7 @@ from . import (
     chapter06,
     chapter07,
     chapter08,
+    chapter09,
     chapter12,
     chapter14,
 )
@@ -22,6 +23,7 @@ WRONG = [
     *chapter06.WRONG,
     *chapter07.WRONG,
     *chapter08.WRONG,
+    *chapter09.WRONG,
     *chapter12.WRONG,
     *chapter14.WRONG,
 ]
