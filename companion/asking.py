@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from companion import checkpoints, data, errors, guidance
+from companion import data, errors
 from companion.attention import watch
-from companion.diffusion import to_x0
 from companion.judge import Judge
-from companion.measure import measurement, over_seeds
+from companion.measure import mean, measurement
 from companion.muon import Muon
 from companion.prompts import Prompt, marks, prompts, right, shares_right
 from companion.recipes import stable_diffusion as recipe
@@ -238,22 +237,8 @@ def draw(
         len(given) == len(seeds), f"there are {len(given)} contexts and {len(seeds)} seeds."
     )
     null = states_of(pipe, [""])[0] if null is None else null
-    schedule, target = pipe.scheduler.schedule, pipe.scheduler.config.prediction_type
     size, channels = pipe.unet.config.sample_size, pipe.vae.config.latent_channels
     timesteps = pipe.scheduler.timesteps("ddim", steps, steps_offset=1)
-
-    def denoise(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return to_x0(pipe.unet(x, t, context), x, t, schedule, target)
-
-    def guided_by(told: Tensor, nothing: Tensor) -> Any:
-        if scale <= 1 or told.shape == nothing.shape:
-            return guidance.classifier_free(denoise, (told,), (nothing,), scale)
-
-        def guided(x: Tensor, t: Tensor) -> Tensor:  # not equally many rows: two questions
-            away = denoise(x, t, nothing)
-            return away + scale * (denoise(x, t, told) - away)
-
-        return guided
 
     found: dict[int, Tensor] = {}
     for rows in sorted({len(one) for one in given}):
@@ -262,8 +247,8 @@ def draw(
             part = alike[first : first + PARTS]
             sources = [torch.Generator().manual_seed(seeds[i]) for i in part]
             x = pipe.noise((len(part), channels, size, size), sources, None)
-            nothing = null.expand(len(part), -1, -1)
-            guided = guided_by(torch.stack([given[i] for i in part]), nothing)
+            told, nothing = torch.stack([given[i] for i in part]), null.expand(len(part), -1, -1)
+            guided = pipe.guided(told, nothing, scale)
             x = pipe.scheduler.walk("ddim", guided, x, timesteps, generator=sources)
             found |= dict(zip(part, data.to_unit(pipe.decode(x)).clamp(0, 1), strict=True))
     return torch.stack([found[i] for i in range(len(given))])
@@ -380,26 +365,24 @@ def shows(read: Facts | None, what: str, word: str, kind: str) -> bool:
     return any((thing.kind, thing.colour) == (kind, word) for thing in things)
 
 
-def mean(values: Tensor | Sequence[float]) -> dict[str, float]:
-    """A mean over prompts or pictures with its 95 % interval by Student's t."""
-    found = over_seeds(torch.as_tensor(values).tolist())
-    return {key: found[key] for key in ("value", "low", "high")}
-
-
 @torch.no_grad()
 def looked_at(
-    pipe: StableDiffusion, asked: Sequence[Question], times: Sequence[int] = TIMES
+    pipe: StableDiffusion, pictures: Tensor, context: Tensor, times: Sequence[int] = TIMES
 ) -> dict[int, Looks]:
-    """Where the U-Net looks in *true* pictures, noised: by timestep, one call, no guidance."""
-    pictures = render([q.scene for q in asked])
+    """Where the U-Net looks in *true* pictures, noised: by timestep, one call, no guidance.
+
+    Args:
+        pipe: The system.
+        pictures: (B, 3, H, W) in [0, 1].
+        context: What it is told of them, (B, M, K).
+        times: Timesteps.
+    """
     z = pipe.vae.encode(data.to_signed(pictures)).mean * pipe.vae.config.scaling_factor
-    context, found = states_of(pipe, [q.text() for q in asked]), {}
-    g = torch.Generator().manual_seed(0)
+    found, g = {}, torch.Generator().manual_seed(0)
     for t in times:
-        noise = torch.randn(z.shape, generator=g)
-        x_t = pipe.scheduler.schedule.add_noise(z, noise, torch.tensor([t]).expand(len(z)))
+        step, noise = torch.tensor([t]).expand(len(z)), torch.randn(z.shape, generator=g)
         with recording(pipe.unet, len(z)) as looks:
-            pipe.unet(x_t, torch.tensor([t]).expand(len(z)), context)
+            pipe.unet(pipe.scheduler.schedule.add_noise(z, noise, step), step, context)
         found[t] = looks
     return found
 
@@ -421,7 +404,9 @@ def on_the_thing(
     groups = [grouped(pipe.tokenizer, q) for q in asked]
     rows = {name: [g[name][0] for g in groups] for name in ("colour", "kind", "end", "start")}
     rows["a"] = [one - 1 for one in rows["colour"]]
-    looks, each = looked_at(pipe, asked, times), torch.arange(len(asked))
+    pictures, said = render([q.scene for q in asked]), [q.text() for q in asked]
+    looks = looked_at(pipe, pictures, states_of(pipe, said), times)
+    each = torch.arange(len(asked))
     area = truth.mean((1, 2))
 
     def of(maps: Tensor, word: str, mask: Tensor) -> Tensor:
@@ -458,16 +443,11 @@ def on_the_patch(
     """
     pictures = render(list(scenes))
     context = pipe.encode_picture_prompts(pictures)  # (B, 1 + patches, K)
-    z = pipe.vae.encode(data.to_signed(pictures)).mean * pipe.vae.config.scaling_factor
-    side, g = round((context.shape[1] - 1) ** 0.5), torch.Generator().manual_seed(0)
+    side = round((context.shape[1] - 1) ** 0.5)
     at = torch.stack(torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"), -1).flatten(0, 1)
     apart = (at[:, None] - at[None]).abs().amax(-1)  # (places, patches), in steps
     rows: dict[str, list[Tensor]] = {"same": [], "next to it": [], "whole picture": []}
-    for t in times:
-        step = torch.tensor([t]).expand(len(z))
-        noise = torch.randn(z.shape, generator=g)
-        with recording(pipe.unet, len(z)) as looks:
-            pipe.unet(pipe.scheduler.schedule.add_noise(z, noise, step), step, context)
+    for looks in looked_at(pipe, pictures, context, times).values():
         maps = looks.mean(side)[0].flatten(2).transpose(1, 2)  # (B, places, 1 + patches)
         patches = maps[..., 1:]
         rows["same"].append((patches * (apart == 0)).sum(-1).mean(-1))
@@ -654,16 +634,7 @@ def train_both(
         indices = step * plan.batch_size + torch.arange(plan.batch_size)
         found = latents.take(latents.places(indices))
         words = latents.clip.read(latents.captions(found, g, recipe.NO_CAPTION))
-        mean_, spread = (
-            torch.stack([getattr(group, name)[k] for group, k in found])
-            for name in ("mean", "log_variance")
-        )
-        z = recipe.Posterior(mean_, spread).sample(g)
-        batch = {
-            "x0": latents.vae.config.scaling_factor * z,
-            "noise": torch.randn(z.shape, generator=g),
-            "t": torch.randint(1000, (len(z),), generator=g),
-        }
+        batch = recipe.noised(latents.draw(found, g), g)
         for name, model in models.items():
             for group in optimisers[name].param_groups:
                 group["lr"] = learning_rate(plan, step)
@@ -756,15 +727,3 @@ def sequence_or_pooled(
         "gain grows with things": apart(gains[2], gains[1]),
         "readings": readings,
     }
-
-
-def trained() -> str:
-    """Where the shipped U-Net comes from, as its card says."""
-    folder = checkpoints.WEIGHTS / "stable-diffusion"
-    if not (folder / "card.json").is_file():
-        return "weights without a card: an unfinished training"
-    card = checkpoints.read_card(folder)
-    return (
-        f"{card['pictures']:,} pictures in {card['steps']:,} steps,"
-        f" {card['minutes']:.0f} minutes on {card['hardware']}"
-    )

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from companion import checkpoints, measure
-from companion.scores import interval
+from companion.scores import together
 
 Found = dict[str, float]
 
@@ -91,45 +91,50 @@ def result(name: str, *path: str) -> Callable[[], float | Found]:
     return find
 
 
+MARKS = {
+    "sky": "sky right",
+    "place": "place right",
+    "one thing": "prompts with one thing wholly right",
+    "two things": "prompts with two things wholly right",
+    "swapped": "colours exchanged, of those with both kinds and both colours",
+}
+
+
+def _marks(name: str, way: str, about: str, chapter: int, least: dict[str, float]) -> list[Bar]:
+    """Of an examination's marks those that are shown; what is promised holds at the lower end."""
+    return [
+        Bar(
+            f"{about}, {what}",
+            chapter,
+            result(name, "ways", way, "marks", mark),
+            least.get(mark),
+            low=mark in least,
+        )
+        for mark, what in MARKS.items()
+    ]
+
+
 def _text_to_picture() -> list[Bar]:
-    found = []
-    for way, what in (
-        ("from words", "text to picture"),
+    promised = {"sky": 0.95, "place": 0.95, "one thing": 0.85}
+    found = _marks("text-to-picture", "from words", "text to picture", 9, promised)
+    for way, about in (
         ("true pictures, through CLIP and back", "a picture's place back to a picture"),
         ("true pictures, small and enlarged", "true pictures at 16, enlarged"),
         ("true pictures", "true pictures"),
     ):
-        words = way == "from words"
-        for mark in ("sky", "place", "one thing", "two things", "swapped"):
-            least = {"sky": 0.95, "place": 0.95, "one thing": 0.85}.get(mark) if words else None
-            about = {
-                "one thing": "prompts with one thing wholly right",
-                "two things": "prompts with two things wholly right",
-                "swapped": "colours exchanged, of those with both kinds and both colours",
-            }.get(mark, f"{mark} right")
-            place = result("text-to-picture", "ways", way, "marks", mark)
-            found.append(Bar(f"{what}, {about}", 9, place, least, low=words))
+        found += _marks("text-to-picture", way, about, 9, {})
     return found
 
 
 def _held_out() -> Found:
     """Prompts for combinations that no training saw, with one thing or two."""
     found = _stored("stable-diffusion")["ways"]["from words"]["marks"]
-    parts = [found[f"{count}, held out"] for count in ("one thing", "two things")]
-    return interval(sum(round(p["value"] * p["n"]) for p in parts), sum(int(p["n"]) for p in parts))
+    return together([found[f"{count}, held out"] for count in ("one thing", "two things")])
 
 
 def _stable_diffusion() -> list[Bar]:
-    found = []
-    for mark, about, least in (
-        ("sky", "sky right", None),
-        ("place", "place right", None),
-        ("one thing", "prompts with one thing wholly right", 0.95),
-        ("two things", "prompts with two things wholly right", 0.8),
-        ("swapped", "colours exchanged, of those with both kinds and both colours", None),
-    ):
-        number = result("stable-diffusion", "ways", "from words", "marks", mark)
-        found.append(Bar(f"Stable Diffusion, {about}", 13, number, least, low=least is not None))
+    promised = {"one thing": 0.95, "two things": 0.8}
+    found = _marks("stable-diffusion", "from words", "Stable Diffusion", 13, promised)
     ten = ("latent-steps", "rows", "dpmpp_2m, 10 steps")
     found += [
         Bar("the same for combinations that no training saw", 13, _held_out, 0.6),

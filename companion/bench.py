@@ -240,22 +240,19 @@ def pictures(name: str) -> list[Cost]:
 
     With each system's own steps and sampler, and the guidance that it is examined with.
     """
-    import torch
-
     from companion import DALLE2, StableDiffusion, examination
 
-    system: Any
-    if name == "dalle2":
-        system, scale = DALLE2.from_pretrained("storybook"), examination.DALLE2_GUIDANCE
-    else:
-        from companion.recipes.stable_diffusion import GUIDANCE
+    kind, scale = {
+        "dalle2": (DALLE2, examination.DALLE2_GUIDANCE),
+        "stable_diffusion": (StableDiffusion, examination.SD_GUIDANCE),
+    }[name]
+    system = kind.from_pretrained("storybook")
+    return in_turn([lambda: system(PROMPT, guidance_scale=scale, seed=0)], rounds=6)[0]
 
-        system, scale = StableDiffusion.from_pretrained("storybook"), GUIDANCE
 
-    def run() -> torch.Tensor:
-        return system(PROMPT, guidance_scale=scale, seed=0)
-
-    return in_turn([run], rounds=6)[0]
+def megabytes(name: str) -> list[float]:
+    """The most that a picture held beyond what was held before; empty where nobody tells."""
+    return [cost.memory / 1e6 for cost in pictures(name) if cost.memory is not None]
 
 
 @benchmark("DALL·E 2, a picture of 256×256", "s", "< 20 on two cores")
@@ -266,8 +263,8 @@ def dalle2_picture() -> list[float]:
 
 @benchmark("  memory on top of the networks", "MB")
 def dalle2_memory() -> list[float]:
-    """The most that was held beyond what was held before; empty where the system does not tell."""
-    return [cost.memory / 1e6 for cost in pictures("dalle2") if cost.memory is not None]
+    """Beside the time, from the same calls."""
+    return megabytes("dalle2")
 
 
 @benchmark("Stable Diffusion, a picture of 64×64", "s", "< 2 on two cores")
@@ -278,8 +275,8 @@ def stable_diffusion_picture() -> list[float]:
 
 @benchmark("  memory on top of the networks", "MB")
 def stable_diffusion_memory() -> list[float]:
-    """As for DALL·E 2."""
-    return [cost.memory / 1e6 for cost in pictures("stable_diffusion") if cost.memory is not None]
+    """Beside the time, from the same calls."""
+    return megabytes("stable_diffusion")
 
 
 # --- the table -----------------------------------------------------------------------------------

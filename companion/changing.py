@@ -29,8 +29,8 @@ from companion.prompts import Prompt
 from companion.prompts import marks as marked
 from companion.recipes.decoder import legible
 from companion.recipes.encoded import SIZE, SMALL, again
-from companion.recipes.priors import Probe, mean_of
-from companion.scores import interval
+from companion.recipes.priors import Probe
+from companion.scores import interval, mean_interval, together
 from companion.storybook import POSITIONS, Facts, Scene, is_held_out, render, sample, write
 from companion.unclip import UnCLIP, Walk
 
@@ -258,7 +258,7 @@ def variations(
 
     def row(drawn: Tensor) -> dict[str, Any]:
         found = marks(judge.read(legible(drawn)), scenes[: len(drawn)])
-        return found | {"distance": mean_of(apart(drawn, true[: len(drawn)]))}
+        return found | {"distance": mean_interval(apart(drawn, true[: len(drawn)]))}
 
     rows = {"the picture": row(true), "another of the same facts": row(small(others))}
     rows["the place, by straight lines"] = marks(Probe(*known(pipe)).read(places), scenes)
@@ -279,7 +279,7 @@ def variations(
         for iterations in (1, 2):
             place, own = halves(pipe, pictures[:inverted], steps, iterations)
             back = decode(pipe, place, own, steps=steps)
-            found[f"{steps} steps, {iterations}"] = mean_of(psnr(back, true[:inverted]))
+            found[f"{steps} steps, {iterations}"] = mean_interval(psnr(back, true[:inverted]))
     return {"seeds": [VARIED_SEED], "scale": SCALE, "rows": rows, "reconstruction": found}
 
 
@@ -315,7 +315,7 @@ def interpolations(n: int = PAIRS, shares: Sequence[float] = SHARES) -> dict[str
                 sides(seen, here.facts(), there.facts())
                 for seen, here, there in zip(read, *pairs, strict=True)
             ]
-            cell = {k: mean_of(torch.tensor([pair[k] for pair in each])) for k in each[0]}
+            cell = {k: mean_interval(torch.tensor([pair[k] for pair in each])) for k in each[0]}
             cell["no scene"] = interval(sum(seen is None for seen in read), n)
             whole &= torch.tensor([seen is not None for seen in read])
             columns.append({"share": share, **cell})
@@ -401,12 +401,6 @@ def verdicts(
         nothing += seen is None
     counts = {"changed": there, "the rest stayed": stayed, "both": both, "no scene": nothing}
     return {name: interval(int(count), len(read)) for name, count in counts.items()}
-
-
-def together(cells: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Several shares with intervals as one of all their cases."""
-    counts = [round(cell["value"] * cell["n"]) for cell in cells]
-    return interval(sum(counts), sum(int(cell["n"]) for cell in cells))
 
 
 @measurement(

@@ -430,6 +430,18 @@ def read_card(folder: str | Path) -> dict[str, object]:
     return read_json(find_folder(folder) / "card.json")
 
 
+def trained(name: str) -> str:
+    """How long shipped weights were trained, on how much and on what, as their card says."""
+    folder = WEIGHTS / name
+    if not (folder / "card.json").is_file():
+        return "weights without a card: an unfinished training"
+    card = read_card(folder)
+    return (
+        f"{card['pictures']:,} pictures in {card['steps']:,} steps,"
+        f" {card['minutes']:.0f} minutes on {card['hardware']}"
+    )
+
+
 def read_json(path: str | Path) -> dict[str, object]:
     """A JSON object from a file, or a clear error."""
     path = Path(path)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from companion import checkpoints, data, diffusion, errors, guidance, samplers
+from companion import data, diffusion, errors, guidance, samplers
 from companion.judge import Judge
 from companion.measure import SEEDS, measurement, over_seeds
 from companion.prior import TextProjection
@@ -233,18 +233,6 @@ def swaps(asked: Sequence[Prompt], read: Sequence[Any]) -> dict[str, Any]:
     both = [one for one in found if one is not None]
     row: dict[str, Any] = {"both things, both colours": interval(len(both), len(found))}
     return row | ({"swapped": interval(sum(both), len(both))} if both else {})
-
-
-def trained() -> str:
-    """Where the shipped decoder comes from, as its card says."""
-    folder = checkpoints.WEIGHTS / "decoder"
-    if not (folder / "card.json").is_file():
-        return "weights without a card: an unfinished training"
-    card = checkpoints.read_card(folder)
-    return (
-        f"{card['pictures']:,} pictures in {card['steps']:,} steps,"
-        f" {card['minutes']:.0f} minutes on {card['hardware']}"
-    )
 
 
 # --- the learned variance -------------------------------------------------------------------------

@@ -105,6 +105,25 @@ def loose(asked: Sequence[Prompt], n: int = OPEN) -> list[Prompt]:
     return [p for p in asked if None in (p.facts.sky, p.facts.place) and not p.held_out][:n]
 
 
+def all_prompts(draw: Draw, returns: dict[str, Draw]) -> dict[str, Any]:
+    """What ``examine`` and ``varied`` find of one system.
+
+    Args:
+        draw: From words to pictures: all prompts.
+        returns: Ceilings: from true pictures to pictures, the first prompts only.
+    """
+    asked = prompts()
+    ceilings = examine(returns, asked[:CEILINGS])
+    del ceilings["true pictures"]  # counted with all prompts
+    return {
+        "seeds": [SEED],
+        "prompts": len(asked),
+        "prompts for pictures of true ones": CEILINGS,
+        "ways": examine({"from words": draw}, asked) | ceilings,
+        "variety": varied(draw, loose(asked)),
+    }
+
+
 # --- DALL·E 2 -------------------------------------------------------------------------------------
 
 
@@ -161,23 +180,17 @@ def dalle2_enlarges(pipe: DALLE2) -> Draw:
 )
 def text_to_picture() -> dict[str, Any]:
     """What chapter 9 prints, and ``make scores``."""
-    pipe, asked = dalle2(), prompts()
+    pipe = dalle2()
     returns = {
         "true pictures, through CLIP and back": dalle2_returns(pipe),
         "true pictures, small and enlarged": dalle2_enlarges(pipe),
     }
-    ceilings = examine(returns, asked[:CEILINGS])
-    del ceilings["true pictures"]  # counted with all prompts
-    return {
+    settings = {
         "guidance_scale": DALLE2_GUIDANCE,
         "prior_guidance_scale": PRIOR_GUIDANCE,
         "candidates": CANDIDATES,
-        "seeds": [SEED],
-        "prompts": len(asked),
-        "prompts for pictures of true ones": CEILINGS,
-        "ways": examine({"from words": dalle2_draws(pipe)}, asked) | ceilings,
-        "variety": varied(dalle2_draws(pipe), loose(asked)),
     }
+    return settings | all_prompts(dalle2_draws(pipe), returns)
 
 
 # --- Stable Diffusion -----------------------------------------------------------------------------
@@ -236,21 +249,10 @@ def stable_diffusion_unfolds(pipe: StableDiffusion) -> Draw:
 )
 def words_to_latents() -> dict[str, Any]:
     """What chapter 13 prints, and ``make scores``."""
-    pipe, asked = stable_diffusion(), prompts()
-    draw = stable_diffusion_draws(pipe)
+    pipe = stable_diffusion()
     returns = {
         "true pictures, through CLIP and back": stable_diffusion_returns(pipe),
         "true pictures, folded and unfolded": stable_diffusion_unfolds(pipe),
     }
-    ceilings = examine(returns, asked[:CEILINGS])
-    del ceilings["true pictures"]  # counted with all prompts
-    return {
-        "guidance_scale": SD_GUIDANCE,
-        "steps": SD_STEPS,
-        "sampler": SD_SAMPLER,
-        "seeds": [SEED],
-        "prompts": len(asked),
-        "prompts for pictures of true ones": CEILINGS,
-        "ways": examine({"from words": draw}, asked) | ceilings,
-        "variety": varied(draw, loose(asked)),
-    }
+    settings = {"guidance_scale": SD_GUIDANCE, "steps": SD_STEPS, "sampler": SD_SAMPLER}
+    return settings | all_prompts(stable_diffusion_draws(pipe), returns)

@@ -21,6 +21,7 @@ from companion.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from companion.measure import measurement
 from companion.muon import Muon
 from companion.recipes import autoencoder as recipe
+from companion.scores import mean_interval
 from companion.train import Average, generator
 
 WIDTHS = (16, 32, 64, 96, 96)  # at 64 x 64, 32 x 32, …: as many as the factor has halvings, and one
@@ -203,9 +204,9 @@ def cloud(model: Autoencoder, x: Tensor, off: float = 0.2) -> dict[str, Any]:
     back = [(model.decode(z).clamp(-1, 1) + 1) / 2 for m in (mean, moved) for z in m.split(50)]
     psnr, moved_psnr = recipe.psnr(torch.cat(back), x.repeat(2, 1, 1, 1)).chunk(2)
     return {
-        "psnr": recipe.mean_interval(psnr),
+        "psnr": mean_interval(psnr),
         "off": off,
-        "psnr off": recipe.mean_interval(moved_psnr),
+        "psnr off": mean_interval(moved_psnr),
         "nats": (torch.cat([p.kl() for p in said]).mean() / mean[0].numel()).item(),
         "std": mean.std((0, 2, 3)).tolist(),
         "noise": noise.square().mean((0, 2, 3)).sqrt().tolist(),
@@ -250,6 +251,7 @@ def autoencoders(
     for plan in plans:
         model, curve = trained(plan, pictures, x[: min(n, 100)], seconds)
         back = recipe.round_trip(model, x)
+        read = recipe.facts_right(back, truth)
         c, h, w = plan.latent
         rows.append(
             {
@@ -261,9 +263,8 @@ def autoencoders(
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "multiply_adds": multiply_adds(model, x[:1]),
                 "curve": curve,
-                "psnr": recipe.mean_interval(recipe.psnr(back, x)),
-                "facts": recipe.facts_right(back, truth)["facts"],
-                "whole scenes": recipe.facts_right(back, truth)["whole scenes"],
+                "psnr": mean_interval(recipe.psnr(back, x)),
+                **read,
             }
         )
         if plan.codes is not None:

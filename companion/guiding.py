@@ -17,7 +17,7 @@ from torch import Tensor
 from companion import data, errors, guidance
 from companion.decoding import SCHEDULE, WAYS, Told, answer, tell, walk
 from companion.judge import Judge
-from companion.measure import measurement, over_seeds
+from companion.measure import mean, measurement
 from companion.prompts import Prompt, marks, possibilities, prompts, right, shares_right
 from companion.recipes.decoder import Decoder, legible
 from companion.recipes.encoded import SIZE, FrozenCLIP, shrunk
@@ -181,12 +181,6 @@ def blocked(statistic: Callable[[Tensor], float], blocks: Tensor) -> dict[str, f
     spread_ = ((n - 1) / n * (without - without.mean()).square().sum()).sqrt().item()
     half = t.ppf(0.975, n - 1) * spread_
     return {"value": value, "low": value - half, "high": value + half}
-
-
-def mean(values: Sequence[float]) -> dict[str, float]:
-    """A mean with its 95 % interval by Student's t."""
-    found = over_seeds(values)
-    return {key: found[key] for key in ("value", "low", "high")}
 
 
 def openness(read: Sequence[Facts | None], said: Facts) -> dict[str, float]:

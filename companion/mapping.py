@@ -29,7 +29,7 @@ from companion.recipes.encoded import (
     again,
     shrunk,
 )
-from companion.scores import difference, frechet, interval
+from companion.scores import difference, frechet, interval, mean_interval
 from companion.storybook import Facts, parse, render
 from companion.unclip import Words
 
@@ -137,7 +137,7 @@ class Ways:
 
 def facts_right(asked: Sequence[Prompt], seen: Sequence[Facts | None]) -> dict[str, float]:
     """The share of all facts said that are there, with the 95 % interval of a mean of prompts."""
-    return priors.mean_of(torch.tensor(shares_right(asked, seen), dtype=torch.float64))
+    return mean_interval(torch.tensor(shares_right(asked, seen), dtype=torch.float64))
 
 
 def best_of(drawn: Tensor, text: Tensor) -> Tensor:
@@ -230,9 +230,9 @@ def _marked(
 
 def _nearness(ways: Ways, place: Tensor, true: Tensor) -> dict[str, Any]:
     return {
-        "cosine": priors.mean_of(ways.near(place, true)),
+        "cosine": mean_interval(ways.near(place, true)),
         "Fréchet distance": frechet(ways.units(place), ways.units(true)),
-        "length": priors.mean_of(place.norm(dim=1)),
+        "length": mean_interval(place.norm(dim=1)),
     }
 
 
@@ -275,8 +275,8 @@ def _probed(
     text = ways.clip.read([p.text for p in asked]).embedding
     return {
         "facts": facts_right(asked, probe.read(place)),
-        "cosine": priors.mean_of(ways.near(place, true)),
-        "dot product": priors.mean_of((place * text).sum(1)),
+        "cosine": mean_interval(ways.near(place, true)),
+        "dot product": mean_interval((place * text).sum(1)),
         "Fréchet distance": frechet(ways.units(place), ways.units(true)),
     }
 

@@ -27,6 +27,20 @@ def interval(right: int, n: int) -> dict[str, float]:
     return {"value": right / n, "low": float(low), "high": float(high), "n": n}
 
 
+def together(cells: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Several shares with intervals as one of all their cases."""
+    counts = [round(cell["value"] * cell["n"]) for cell in cells]
+    return interval(sum(counts), sum(int(cell["n"]) for cell in cells))
+
+
+def mean_interval(x: Tensor) -> dict[str, float]:
+    """A mean with its 95 % interval (normal): {"value", "low", "high", "n"}, of numbers (N,)."""
+    x = x.double()
+    half = 1.96 * (x.std(correction=1) / len(x) ** 0.5).item() if len(x) > 1 else 0.0
+    mean = x.mean().item()
+    return {"value": mean, "low": mean - half, "high": mean + half, "n": len(x)}
+
+
 def difference(a: Sequence[bool], b: Sequence[bool], draws: int = 4000) -> dict[str, float]:
     """Share of ``a`` minus share of ``b`` where row i of both is about the same thing.
 

@@ -228,7 +228,7 @@ class StableDiffusion(System):
                 rows = count if isinstance(source, list) else len(image)
                 draw(torch.empty(rows, *shape[1:], dtype=self.dtype), source)
 
-        denoise = self._guided(given, null, around, guidance_scale)
+        denoise = self.guided(given, null, guidance_scale, around)
         blend = mask is not None and not self._inpaints
 
         # A U-Net that knows of no mask: what is kept is put into every x it sees, as noisy as x.
@@ -254,10 +254,17 @@ class StableDiffusion(System):
         output = self.unet(seen.to(own), t, context.to(own)).to(x.dtype)
         return to_x0(output, x, t, self.scheduler.schedule, self.scheduler.config.prediction_type)
 
-    def _guided(
-        self, given: Tensor, null: Tensor, around: Tensor | None, scale: float
+    def guided(
+        self, given: Tensor, null: Tensor, scale: float, around: Tensor | None = None
     ) -> samplers.Denoiser:
-        """The U-Net, told what is given, and led away from the null condition."""
+        """The U-Net, told what is given, and led away from the null condition.
+
+        Args:
+            given: States to look at, (B, N, K), of texts or of pictures.
+            null: Those of nothing said, (B, M, K); M need not be N.
+            scale: s = 1 + w.
+            around: What a U-Net trained to repaint is shown besides, (B, 1 + 4, H/f, W/f).
+        """
         with_it, without = ((c,) if around is None else (c, around) for c in (given, null))
         if scale <= 1 or given.shape == null.shape:
             return guidance.classifier_free(self._denoise, with_it, without, scale)

@@ -280,7 +280,7 @@ def test_where_it_was_trained(weights, monkeypatch):
     folder = weights / "decoder"
     folder.mkdir(exist_ok=True)
     (folder / "card.json").unlink(missing_ok=True)
-    assert "without a card" in decoding.trained()
+    assert "without a card" in checkpoints.trained("decoder")
     card = {"pictures": 6400, "steps": 100, "minutes": 3.2, "hardware": "a laptop"}
     checkpoints.write_json(folder / "card.json", card)
-    assert decoding.trained() == "6,400 pictures in 100 steps, 3 minutes on a laptop"
+    assert checkpoints.trained("decoder") == "6,400 pictures in 100 steps, 3 minutes on a laptop"

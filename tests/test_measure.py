@@ -52,7 +52,7 @@ def test_shipped_intervals_are_those_of_their_runs(path):
     found = json.loads(path.read_text("utf-8"))
     leaves = list(_leaves(found))
     by_seed = "rows" in found  # elsewhere intervals are over requests, or over some of the seeds
-    assert not leaves or len(found["seeds"]) > 1 or not by_seed
+    assert bool(leaves) == (len(found["seeds"]) > 1) or not by_seed
     for leaf in leaves:
         runs = torch.tensor(leaf["runs"], dtype=torch.float64)
         assert len(runs) == len(found["seeds"]) or not by_seed

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from companion import data, judge
 from companion.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from companion.resnet import ResnetBlock
+from companion.scores import interval, mean_interval
 from companion.storybook import Scene, render, sample
 from companion.train import Recipe, generator, pick
 
@@ -147,20 +148,16 @@ def set_scale(model: Autoencoder, pictures: Pictures, n: int = 2000) -> float:
     return model.config.scaling_factor
 
 
-def mean_interval(x: Tensor) -> dict[str, float]:
-    """A mean with its 95 % interval (normal): {"value", "low", "high", "n"}, of numbers (N,)."""
-    x = x.double()
-    half = 1.96 * (x.std(correction=1) / len(x) ** 0.5).item() if len(x) > 1 else 0.0
-    mean = x.mean().item()
-    return {"value": mean, "low": mean - half, "high": mean + half, "n": len(x)}
-
-
 def facts_right(pictures: Tensor, scenes: list[Scene]) -> dict[str, dict[str, float]]:
     """What the judge reads right of pictures (B, 3, 64, 64): single facts, and whole scenes."""
-    answers = judge.right_answers(judge.Judge.from_pretrained().read(pictures), scenes)
-    whole = answers.pop("all")
-    single = [sum(column) for column in zip(*answers.values(), strict=True)]
-    return {"facts": judge.interval(*single), "whole scenes": judge.interval(*whole)}
+    return in_short(judge.right_answers(judge.Judge.from_pretrained().read(pictures), scenes))
+
+
+def in_short(answers: dict[str, tuple[int, int]]) -> dict[str, dict[str, float]]:
+    """Of ``judge.right_answers`` the shares of all single facts and of whole scenes."""
+    single = [value for name, value in answers.items() if name != "all"]
+    facts = (sum(column) for column in zip(*single, strict=True))
+    return {"facts": interval(*facts), "whole scenes": interval(*answers["all"])}
 
 
 def score(model: Autoencoder, pictures: Pictures, n: int = 1000) -> dict[str, object]:

@@ -32,11 +32,10 @@ from companion.recipes.encoded import (
     shrunk,
     to_bytes,
 )
-from companion.recipes.priors import mean_of
 from companion.recipes.upsamplers import FACTOR, distances, windows
 from companion.schedule import Schedule
 from companion.scheduler import Scheduler
-from companion.scores import frechet
+from companion.scores import frechet, mean_interval
 from companion.storybook import Scene, caption, render, sample
 from companion.tokenizer import Tokenizer
 from companion.train import Recipe, pick
@@ -142,7 +141,7 @@ def read_score(model: CLIPText, captions: Captions) -> dict[str, object]:
         each = [next_token_loss(model, {"ids": i, "mask": m}, None)[0] for i, m in parts]
         value = torch.stack(each)
         found[f"nats a token, fresh captions{name}"] = (
-            mean_of(value) if len(value) > 1 else value.item()
+            mean_interval(value) if len(value) > 1 else value.item()
         )
     return found
 

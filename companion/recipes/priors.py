@@ -17,7 +17,7 @@ from companion.prompts import marks, prompts
 from companion.recipes.clip import tellable
 from companion.recipes.encoded import GROUP, SIZE, Encoded, FrozenCLIP, again
 from companion.schedule import Schedule
-from companion.scores import interval
+from companion.scores import interval, mean_interval
 from companion.storybook import Scene, caption, render, sample
 from companion.train import Recipe
 from companion.unclip import Words
@@ -214,7 +214,7 @@ def exam(draw: Draw, data: Encoded, n: int = 500, known: int = 8192) -> dict[str
             close.setdefault(name, []).append(near.diagonal())
             right[name] += int((near.argmax(1) == torch.arange(100)).sum())
     for name in right:
-        found[f"cosine with the true place, {name}"] = mean_of(torch.cat(close[name]))
+        found[f"cosine with the true place, {name}"] = mean_interval(torch.cat(close[name]))
     for name, count in right.items():
         found[f"finds its picture among 100, {name}"] = interval(count, 100 * rounds)
 
@@ -227,12 +227,6 @@ def exam(draw: Draw, data: Encoded, n: int = 500, known: int = 8192) -> dict[str
             if what not in ("swapped", "no scene", "no thing"):
                 found[f"linear probe: {what}, {name}"] = share
     return found
-
-
-def mean_of(values: Tensor) -> dict[str, float]:
-    """A mean with its 95 % interval (normal)."""
-    value, half = values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5
-    return {"value": value, "low": value - half, "high": value + half, "n": len(values)}
 
 
 def score(by: Callable[..., Tensor], model: nn.Module, data: Encoded) -> dict[str, object]:
@@ -249,7 +243,7 @@ def score(by: Callable[..., Tensor], model: nn.Module, data: Encoded) -> dict[st
     mean, std = places.mean(0), places.std(0).clamp(min=1e-6)
     there = (draw(data.clip.read(texts), g) - mean) / std
     close = F.cosine_similarity(there, (data.clip.see(pictures) - mean) / std)
-    return {"cosine with the true place, drawn": mean_of(close)} if len(close) > 1 else {}
+    return {"cosine with the true place, drawn": mean_interval(close)} if len(close) > 1 else {}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ text encoder whose last states are looked at, the noise as target, one caption i
 batch in five is told by the states of CLIP's picture tower instead, for ``image_prompt=``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +75,15 @@ class Latents(Numbered):
         said = self.captions(found, generator, dropped)
         shown = torch.rand((), generator=generator) < SHOWN
         states = self.show(places) if shown else self.clip.read(said).states
-        mean = torch.stack([group.mean[k] for group, k in found])
-        log_variance = torch.stack([group.log_variance[k] for group, k in found])
-        z = Posterior(mean, log_variance).sample(generator)
-        return {"x0": self.vae.config.scaling_factor * z, "states": states}
+        return {"x0": self.draw(found, generator), "states": states}
+
+    def draw(self, found: Sequence[tuple[Folded, int]], generator: torch.Generator) -> Tensor:
+        """A scaled latent from the cloud of each, (B, 4, 8, 8); ``found`` is as from ``take``."""
+        mean, log_variance = (
+            torch.stack([getattr(group, name)[k] for group, k in found])
+            for name in ("mean", "log_variance")
+        )
+        return self.vae.config.scaling_factor * Posterior(mean, log_variance).sample(generator)
 
     @torch.no_grad()
     def show(self, places: list[int]) -> Tensor:
@@ -113,8 +119,13 @@ def build(latents: Latents) -> UNet:
 def batch(indices: Tensor, generator: torch.Generator, latents: Latents) -> dict[str, Tensor]:
     """Latents, captions, and what they are noised with."""
     found = latents.batch(indices, generator, NO_CAPTION)
-    x0 = found["x0"]
-    return found | {
+    return found | noised(found["x0"], generator)
+
+
+def noised(x0: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Scaled latents (B, 4, 8, 8), and noise and timestep for each."""
+    return {
+        "x0": x0,
         "noise": torch.randn(x0.shape, generator=generator),
         "t": torch.randint(1000, (len(x0),), generator=generator),
     }
@@ -166,14 +177,9 @@ def score(model: UNet, latents: Latents) -> dict[str, object]:
         pipe = assemble(latents.clip, latents.vae, model)
         return exam(pipe, list(prompts()[:400]))
     pictures, texts = latents.apart(200)
-    g, n = torch.Generator().manual_seed(FRESH), len(pictures)
     z = latents.vae.encode(data.to_signed(pictures)).mean
-    kept = {
-        "x0": latents.vae.config.scaling_factor * z,
-        "noise": torch.randn(z.shape, generator=g),
-        "t": torch.randint(1000, (n,), generator=g),
-        "states": latents.clip.read(texts).states,
-    }
+    kept = noised(latents.vae.config.scaling_factor * z, torch.Generator().manual_seed(FRESH))
+    kept["states"] = latents.clip.read(texts).states
     return {"squared error of the noise, pictures kept apart": loss(model, kept, latents)[0].item()}
 
 

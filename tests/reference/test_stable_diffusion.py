@@ -386,8 +386,8 @@ def test_picture_and_null_may_be_equally_long(seeing, monkeypatch):
     g = gen()
     given, null = torch.randn(2, 2, 7, 24, generator=g, dtype=torch.float64)
     x, t = torch.randn(2, 4, 4, 4, generator=g, dtype=torch.float64), torch.tensor([500, 500])
-    together = pipe._guided(given, null, None, 3.0)(x, t)
-    longer = pipe._guided(torch.cat([given, given], 1), null, None, 3.0)(x, t)
+    together = pipe.guided(given, null, 3.0)(x, t)
+    longer = pipe.guided(torch.cat([given, given], 1), null, 3.0)(x, t)
     assert distance(together, longer) < TOLERANCE, "a token twice is looked at twice as often"
 
 
