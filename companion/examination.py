@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from companion.dalle2 import DALLE2
+from companion.imagen import Imagen
 from companion.judge import Judge
 from companion.measure import measurement
 from companion.prompts import Prompt, marks, prompts, right, variety
 from companion.recipes.autoencoder import round_trip
+from companion.recipes.imagen import enlarge
 from companion.recipes.stable_diffusion import GUIDANCE as SD_GUIDANCE
 from companion.recipes.stable_diffusion import STEPS as SD_STEPS
 from companion.recipes.upsamplers import FACTOR, upsample
@@ -191,6 +193,47 @@ def text_to_picture() -> dict[str, Any]:
         "candidates": CANDIDATES,
     }
     return settings | all_prompts(dalle2_draws(pipe), returns)
+
+
+# --- Imagen ---------------------------------------------------------------------------------------
+
+
+def imagen() -> Imagen:
+    """The book's own."""
+    return Imagen.from_pretrained("storybook")
+
+
+def imagen_draws(pipe: Imagen) -> Draw:
+    """Text to picture, as the examination has it: with the system's own settings."""
+
+    def draw(asked: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        return pipe([p.text for p in asked], generator=generator, truncate=True)
+
+    return draw
+
+
+def imagen_enlarges(pipe: Imagen) -> Draw:
+    """A true picture at 16 x 16, drawn large with its prompt: the ceiling."""
+
+    def draw(asked: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        small = F.avg_pool2d(render([p.scene for p in asked], SIZE), FACTOR)
+        return enlarge(pipe.super_res, pipe, small, [p.text for p in asked], generator, 100)
+
+    return draw
+
+
+@measurement(
+    "imagen",
+    "Imagen on the thousand prompts at 64 x 64 pixels, one picture each, read by the judge; true"
+    " pictures through the upsampler; what the prompts leave open",
+    minutes=12,
+    needs=(*Imagen.made_of, "judge", "judge-second"),
+)
+def words_to_pixels() -> dict[str, Any]:
+    """What chapter 10 prints, and ``make scores``."""
+    pipe = imagen()
+    returns = {"true pictures, small and enlarged": imagen_enlarges(pipe)}
+    return all_prompts(imagen_draws(pipe), returns)
 
 
 # --- Stable Diffusion -----------------------------------------------------------------------------

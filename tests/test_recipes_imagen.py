@@ -9,12 +9,12 @@ from companion.preparation import scaled
 from companion.prompts import prompts
 from companion.recipes import RECIPES
 from companion.recipes import imagen as recipe
-from companion.recipes.imagen import Captions, Read
+from companion.recipes.imagen import Read
 from companion.schedule import Schedule
-from companion.storybook import is_held_out, parse, render
+from companion.storybook import is_held_out, render
 from companion.train import draw
 
-READER, BASE, UPSAMPLER = (RECIPES[n] for n in ("language-model", "imagen", "imagen-upsampler"))
+BASE, UPSAMPLER = RECIPES["imagen"], RECIPES["imagen-upsampler"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,56 +39,6 @@ def abar(t):
         ** 2
     )
     return torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)[t].view(-1, 1, 1, 1)
-
-
-# --- the language model ---------------------------------------------------------------------------
-
-
-def test_the_reader_never_reads_of_what_is_held_out():
-    captions = Captions()
-    texts = captions.say(torch.arange(200), gen())
-    assert not any(is_held_out(parse(text)) for text in texts) and len(set(texts)) > 150
-    assert any(is_held_out(parse(text)) for text in captions.apart(40, held_out=True))
-    assert not any(is_held_out(parse(text)) for text in captions.apart(40))
-
-
-def test_a_state_predicts_the_next_token_from_those_before_it():
-    captions, model = Captions(), None
-    batch = draw(READER, captions, 0)
-    torch.manual_seed(0)
-    model = READER.model(captions).double()
-    value, said = READER.loss(model, batch, captions)
-    with torch.no_grad():
-        states = model(batch["ids"]).states
-        table = model.text_model.embeddings.token_embedding.weight
-        nats, right, count = 0.0, 0, 0
-        for row, ids, mask in zip(states, batch["ids"], batch["mask"], strict=True):
-            for i in range(int(mask.sum()) - 1):
-                p = torch.softmax(table @ row[i], 0)
-                nats -= p[ids[i + 1]].log().item()
-                right += int(p.argmax() == ids[i + 1])
-                count += 1
-    assert value.item() == pytest.approx(nats / count, abs=1e-6)
-    assert said["right"].item() == pytest.approx(right / count, abs=1e-6)
-    changed = batch["ids"].clone()
-    changed[:, 5] = 3
-    with torch.no_grad():
-        assert torch.allclose(model(changed).states[:, :5], states[:, :5])
-
-
-def test_a_few_steps_teach_the_reader_something():
-    captions = Captions()
-    torch.manual_seed(0)
-    model = READER.model(captions)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for step in range(25):
-        loss, _ = READER.loss(model, draw(READER, captions, step), captions)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.75 * losses[0]
 
 
 # --- the U-Nets -----------------------------------------------------------------------------------

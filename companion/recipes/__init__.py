@@ -11,6 +11,7 @@ from companion.recipes import (
     digits,
     imagen,
     judges,
+    language,
     noised,
     priors,
     stable_diffusion,
@@ -36,6 +37,7 @@ FAMILIES = (
     upsamplers,
     noised,
     stable_diffusion,
+    language,
     imagen,
 )
 

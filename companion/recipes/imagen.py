@@ -1,9 +1,7 @@
-"""Imagen's three networks: a language model that only reads, a base, and an upsampler it tells.
+"""Imagen's two U-Nets: a base, and an upsampler. A frozen language model (``language``) tells both.
 
-Saharia et al. 2022. The language model is trained first, on captions without a picture, and frozen;
-base and upsampler look at its states. Noise on a cosine, the noise as target, one caption in ten
-left out, as there. Smaller than the paper's in every way, and the language model is not T5: it
-predicts the next token, so a state knows only what stands before it.
+Saharia et al. 2022. Noise on a cosine, the noise as target, one caption in ten left out, as there.
+Smaller than the paper's in every way.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +14,11 @@ from torch.nn import functional as F
 
 from companion import checkpoints, data, diffusion
 from companion.adm import CROSS, PLAIN, ADMConfig, ADMUNet
-from companion.clip import CLIPText, CLIPTextConfig
+from companion.clip import CLIPText
 from companion.imagen import SCHEDULER, Imagen, Told, drawing, enlarging, laid_over, told_of
 from companion.judge import Judge
 from companion.preparation import scaled
 from companion.prompts import Prompt, marks, prompts
-from companion.recipes.clip import spoken
 from companion.recipes.encoded import (
     GROUP,
     SCENES,
@@ -35,115 +32,17 @@ from companion.recipes.encoded import (
 from companion.recipes.upsamplers import FACTOR, distances, windows
 from companion.schedule import Schedule
 from companion.scheduler import Scheduler
-from companion.scores import frechet, mean_interval
+from companion.scores import frechet
 from companion.storybook import Scene, caption, render, sample
 from companion.tokenizer import Tokenizer
-from companion.train import Recipe, pick
+from companion.train import Recipe
 
-LAYERS, HEADS, WIDTH = 3, 4, 96
 NO_CAPTION = 0.1  # share left out, for guidance (section 2.2)
 CROP = 32  # of the large picture, that a step of the upsampler sees
 MOST = 500  # timestep up to which the small picture is noised in training
 STEPS, GUIDANCE = 25, 3.0
 OWN = Scheduler.of(Schedule.cosine(), SCHEDULER)
 FRESH = 97  # the seed of scenes for the score, which no training draws from
-
-
-# --- the language model ---------------------------------------------------------------------------
-
-
-class Captions:
-    """Texts alone: what can be said of Storybook scenes, or the captions of a reader's folder.
-
-    The pieces are CLIP's (``companion/weights/clip``), which were learnt from captions alone too.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.tokenizer = Tokenizer.from_pretrained(checkpoints.WEIGHTS / "clip")
-        texts = None if folder is None else data.ImageFolder(folder, SIZE).texts
-        self.texts = (
-            texts
-            if texts is None or len(texts) < 20
-            else [text for i, text in enumerate(texts) if i % 10 != 9]
-        )
-        self.kept = [] if texts is None else texts[9::10] or texts
-
-    def __len__(self) -> int:
-        return 0 if self.texts is None else len(self.texts)
-
-    def say(self, indices: Tensor, generator: torch.Generator) -> list[str]:
-        """A caption for each sample."""
-        if self.texts is None:
-            return [spoken(scene, generator)[1] for scene in sample(len(indices), generator)]
-        return [self.texts[i] for i in pick(indices, len(self.texts)).tolist()]
-
-    def apart(self, n: int, *, held_out: bool = False) -> list[str]:
-        """At most ``n`` captions that are not trained on."""
-        if self.texts is not None:
-            return self.kept[:n]
-        g = torch.Generator().manual_seed(FRESH)
-        return [spoken(scene, g)[1] for scene in sample(n, g, held_out=held_out)]
-
-
-def reader(captions: Captions) -> CLIPText:
-    """CLIP's causal text tower, fresh."""
-    pieces = captions.tokenizer
-    return CLIPText(
-        CLIPTextConfig(
-            vocab_size=len(pieces),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=pieces.context,
-            bos_token_id=pieces.start_id,
-            eos_token_id=pieces.end_id,
-            pad_token_id=pieces.pad_id,
-        )
-    )
-
-
-def caption_batch(
-    indices: Tensor, generator: torch.Generator, captions: Captions
-) -> dict[str, Tensor]:
-    """Token numbers (B, N), and which of them are text."""
-    tokens = captions.tokenizer(captions.say(indices, generator), truncate=True)
-    return {"ids": tokens.ids, "mask": tokens.mask}
-
-
-def next_token_loss(
-    model: CLIPText, batch: dict[str, Tensor], captions: object
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of each token given all before it, in nats a token.
-
-    The table of token embeddings is used twice: on the way in, and as the directions that states
-    are compared with (Press and Wolf 2017), so the folder needs nothing beside the tower.
-    """
-    ids, mask = batch["ids"], batch["mask"].bool()
-    table = model.text_model.embeddings.token_embedding.weight
-    logits = model(ids).states[:, :-1] @ table.T
-    wanted = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-    right = (logits.argmax(-1) == wanted)[mask[:, 1:]].float().mean()
-    return F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten()), {"right": right}
-
-
-@torch.no_grad()
-def read_score(model: CLIPText, captions: Captions) -> dict[str, object]:
-    """Nats a token on captions apart; for Storybook also on those of held-out combinations."""
-    found = {}
-    sets = {"": captions.apart(1000)}
-    if captions.texts is None:
-        sets[", held-out combinations"] = captions.apart(1000, held_out=True)
-    for name, texts in sets.items():
-        tokens = captions.tokenizer(texts, truncate=True)
-        parts = zip(tokens.ids.split(100), tokens.mask.split(100), strict=True)
-        each = [next_token_loss(model, {"ids": i, "mask": m}, None)[0] for i, m in parts]
-        value = torch.stack(each)
-        found[f"nats a token, fresh captions{name}"] = (
-            mean_interval(value) if len(value) > 1 else value.item()
-        )
-    return found
 
 
 # --- what the U-Nets train on ---------------------------------------------------------------------
@@ -428,10 +327,6 @@ def look_at_upsampler(model: ADMUNet, n: int = 4) -> Tensor:
 # --- the recipes ----------------------------------------------------------------------------------
 
 
-def _beside(folder: Path, captions: Captions) -> None:
-    captions.tokenizer.save_pretrained(folder)
-
-
 def _recipe(name: str, about: str, **numbers: object) -> Recipe:
     usual: Mapping[str, object] = {
         "warmup": 200,
@@ -448,23 +343,6 @@ def _recipe(name: str, about: str, **numbers: object) -> Recipe:
 
 RECIPES = (
     _recipe(
-        "language-model",
-        "Imagen's reader of captions: a causal Transformer that predicts the next piece of text and"
-        " has never seen a picture. It never read of the held-out combinations.",
-        data=Captions,
-        model=reader,
-        batch=caption_batch,
-        loss=next_token_loss,
-        score=read_score,
-        beside=_beside,
-        needs=("clip",),
-        steps=1500,
-        batch_size=64,
-        minutes=8,
-        ema=0.998,
-        data_about="captions of Storybook scenes, each a new one; no pictures",
-    ),
-    _recipe(
         "imagen",
         "Imagen's base: a caption, as a frozen language model reads it, to 16 x 16 pixels. It never"
         " saw the held-out combinations.",
@@ -475,9 +353,9 @@ RECIPES = (
         sample=look_at_base,
         score=base_score,
         needs=("language-model", "judge"),
-        steps=6000,
+        steps=8000,
         batch_size=64,
-        minutes=60,
+        minutes=70,
         data_about="40,000 Storybook scenes, each with a new caption whenever it is seen",
     ),
     _recipe(
