@@ -88,7 +88,8 @@ def test_what_the_upsampler_is_told_and_compared_with(read, monkeypatch):
         wanted = abar(t).sqrt() * batch["x0"] + (1 - abar(t)).sqrt() * batch["noise"]
         torch.testing.assert_close(x[:, :3].double(), wanted, rtol=1e-4, atol=1e-4)
         assert torch.equal(x[:, 3:], batch["below"]) and torch.equal(level, batch["level"])
-        return batch["noise"] - 0.5
+        velocity = abar(t).sqrt() * batch["noise"] - (1 - abar(t)).sqrt() * batch["x0"]
+        return velocity - 0.5
 
     assert UPSAMPLER.loss(model, batch, None)[0].item() == pytest.approx(0.25, abs=1e-6)
 
