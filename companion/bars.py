@@ -132,6 +132,12 @@ def _held_out() -> Found:
     return together([found[f"{count}, held out"] for count in ("one thing", "two things")])
 
 
+def _imagen() -> list[Bar]:
+    found = _marks("imagen", "from words", "Imagen", 10, {"one thing": 0.85})
+    way = "true pictures, small and enlarged"
+    return found + _marks("imagen", way, "true pictures at 16, enlarged with their words", 10, {})
+
+
 def _stable_diffusion() -> list[Bar]:
     promised = {"one thing": 0.95, "two things": 0.8}
     found = _marks("stable-diffusion", "from words", "Stable Diffusion", 13, promised)
@@ -217,6 +223,7 @@ def bars() -> list[Bar]:
             result("text-diffs", "rows", "all", "as chosen", "both"),
             0.8,
         ),
+        *_imagen(),
         Bar(
             "autoencoder, fresh pictures",
             11,

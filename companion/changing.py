@@ -472,5 +472,5 @@ def within(cell: Mapping[str, float], n: int) -> tuple[float, float]:
 
 
 def percent(cell: Mapping[str, float]) -> str:
-    """A share and its interval, as tables show them."""
-    return f"{cell['value']:.0%}  ({cell['low']:.0%} … {cell['high']:.0%})"
+    """A share and its interval, as tables show them; z: no minus before a zero."""
+    return f"{cell['value']:z.0%}  ({cell['low']:z.0%} … {cell['high']:z.0%})"

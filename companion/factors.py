@@ -3,7 +3,8 @@
 All are trained by the parts of the shipped autoencoder's recipe, each for equally many processor
 seconds on one thread, on pictures that are drawn beforehand. As they train they are scored now and
 then, so that they can be compared at equal seconds *and* at equal numbers of pictures; the two
-differ a lot. ``python -m companion measure autoencoders`` makes the table.
+differ a lot. ``python -m companion measure autoencoders`` makes the table; ``kl-weights`` asks what
+a heavier KL buys, and draws latents from bells.
 """
 
 import time
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from companion import errors
+from companion import data, errors, judge
 from companion.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from companion.measure import measurement
 from companion.muon import Muon
 from companion.recipes import autoencoder as recipe
-from companion.scores import mean_interval
+from companion.scores import interval, mean_interval
 from companion.train import Average, generator
 
 WIDTHS = (16, 32, 64, 96, 96)  # at 64 x 64, 32 x 32, …: as many as the factor has halvings, and one
@@ -29,6 +30,7 @@ CODES = 1024
 COMMITMENT = 0.25  # van den Oord et al. 2017 (arXiv 1711.00937), equation 3
 SECONDS = 60.0  # of one thread, for each network
 PRICES = (0.0, 1e-4, 1e-2, 1.0)  # weights of KL to compare, at f = 8 with 4 channels
+KL_WEIGHTS = (1e-4, 1e-2, 0.1, 1.0)  # to draw from, trained twice as long as those
 BATCH, LEARNING_RATE, WARMUP, EMA = 16, 3e-3, 50, 0.99
 
 
@@ -285,4 +287,89 @@ def autoencoders(
         "ceiling": ceiling,
         "rows": rows,
         "prices": paid,
+    }
+
+
+# --- drawn from nothing ---------------------------------------------------------------------------
+
+BELLS = ("every number from N(0, 1)", "every channel as wide as it is", "all numbers together")
+
+
+def bells(z: Tensor, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw latents from three normal distributions, each fitted better than the one before.
+
+    Args:
+        z: Unscaled latents of pictures, (B, c, h, w), to fit to; the first bell ignores them.
+        n: How many to draw.
+        generator: Of the noise, which is the same for all three.
+
+    Returns:
+        By name, (n, c, h, w): from N(0, 1); with each channel's mean and standard deviation; with
+        the mean of each of the c * h * w numbers, and their covariance (chapter 1's fitted bell).
+    """
+    noise = torch.randn(n, *z.shape[1:], generator=generator)
+    flat = z.flatten(1).double()
+    variances, axes = torch.linalg.eigh(torch.cov(flat.T))
+    root = axes * variances.clamp(min=0).sqrt()  # root @ root.T is the covariance
+    whole = flat.mean(0) + noise.flatten(1).double() @ root.T
+    apart = noise * z.std((0, 2, 3), keepdim=True) + z.mean((0, 2, 3), keepdim=True)
+    return dict(zip(BELLS, (noise, apart, whole.view_as(noise).float()), strict=True))
+
+
+@torch.no_grad()
+def decoded(model: Autoencoder, z: Tensor, size: int = 50) -> Tensor:
+    """Unscaled latents (B, c, h, w) to pictures (B, 3, H, W) in [0, 1], a few at a time."""
+    return torch.cat([data.to_unit(model.decode(part)) for part in z.split(size)])
+
+
+@measurement(
+    "kl-weights",
+    "The autoencoder of f = 8 with 4 channels at several weights of KL, equal processor seconds:"
+    " round trips, the latents' spread, and whether draws from a bell decode to scenes",
+    minutes=5,
+    needs=("judge",),
+)
+def kl_weights(
+    weights: Sequence[float] = KL_WEIGHTS,
+    seconds: float = SECONDS,
+    n: int = 200,
+    scenes: int = 4000,
+) -> dict[str, Any]:
+    """What a heavier KL buys, and what it costs. Bells are fitted to draws for 1000 pictures."""
+    pictures = recipe.Pictures(n=scenes)
+    for numbers in torch.arange(scenes).split(50):
+        pictures[numbers]
+    x, truth = pictures.fresh(n)
+    reader, rows = judge.Judge.from_pretrained(), []
+    for weight in weights:
+        model, curve = trained(Plan(8, 4), pictures, x[:1], seconds, looks=1, kl_weight=weight)
+        g = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            said = [
+                model.encode(data.to_signed(pictures[numbers])).sample(g)
+                for numbers in torch.arange(min(1000, scenes)).split(50)
+            ]
+        z, back = torch.cat(said), recipe.round_trip(model, x)
+        drawn = {}
+        for name, latents in bells(z, n, g).items():
+            read = reader.read(decoded(model, latents))
+            drawn[name] = interval(sum(facts is not None for facts in read), n)
+        rows.append(
+            {
+                "kl_weight": weight,
+                "pictures": curve[-1]["pictures"],
+                "psnr": mean_interval(recipe.psnr(back, x)),
+                **recipe.facts_right(back, truth),
+                "nats": cloud(model, x)["nats"],
+                "spread": z.std().item(),
+                "scenes": drawn,
+            }
+        )
+    return {
+        "seeds": [0],
+        "seconds": seconds,
+        "fresh": n,
+        "precision": "bf16",
+        "ceiling": recipe.facts_right(x, truth),
+        "rows": rows,
     }

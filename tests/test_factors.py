@@ -164,6 +164,35 @@ def test_the_cloud_of_a_known_encoder():
     assert found["psnr off"]["value"] == pytest.approx(-20 * math.log10(error), abs=0.2)
 
 
+def test_bells_have_the_moments_of_what_they_are_fitted_to():
+    g = torch.Generator().manual_seed(9)
+    mixing = torch.randn(16, 16, generator=g)
+    z = (3 + torch.randn(4000, 16, generator=g) @ mixing).view(-1, 4, 2, 2)
+    z[:, 2] *= 5
+    plain, apart, whole = factors.bells(z, 20_000, torch.Generator().manual_seed(10)).values()
+    assert plain.shape == apart.shape == whole.shape == (20_000, 4, 2, 2)
+    assert abs(plain.mean()) < 0.01 and plain.std().item() == pytest.approx(1, rel=0.01)
+    for c in range(4):  # a channel's own middle and width, and nothing shared between its numbers
+        assert apart[:, c].mean().item() == pytest.approx(z[:, c].mean().item(), abs=0.3)
+        assert apart[:, c].std().item() == pytest.approx(z[:, c].std().item(), rel=0.02)
+    a, b = torch.corrcoef(apart.flatten(1).T), torch.corrcoef(whole.flatten(1).T)
+    assert (a - torch.eye(16)).abs().max() < 0.04
+    torch.testing.assert_close(b, torch.corrcoef(z.flatten(1).T), rtol=0, atol=0.04)
+    torch.testing.assert_close(whole.mean(0), z.mean(0), rtol=0, atol=0.6)
+    torch.testing.assert_close(whole.std(0), z.std(0), rtol=0.03, atol=0)
+
+
+@pytest.mark.slow
+def test_weights_of_kl_at_tiny_effort():
+    found = factors.kl_weights((0.0, 100.0), seconds=0.3, n=20, scenes=32)
+    assert [row["kl_weight"] for row in found["rows"]] == [0.0, 100.0]
+    for row in found["rows"]:
+        assert list(row["scenes"]) == list(factors.BELLS)
+        assert all(cell["n"] == 20 for cell in row["scenes"].values())
+        assert row["psnr"]["n"] == 20 and row["spread"] > 0 and row["pictures"] % 16 == 0
+    assert found["ceiling"]["facts"]["value"] > 0.98
+
+
 @pytest.mark.slow
 def test_the_whole_comparison_at_tiny_effort():
     plans = (Plan(2, 1), Plan(8, 4, 16))

@@ -26,9 +26,10 @@ FLOORS = {
         "stable_diffusion",
     },
     "side doors": {
-        "__main__", "asking", "bars", "bench", "changing", "contest", "decoding", "examination",
-        "exercises", "factors", "guiding", "judge", "mapping", "matching", "measure", "muon",
-        "notebooks", "prompts", "recipes", "repainting", "scores", "show", "train", "widgets",
+        "__main__", "asking", "bars", "bench", "beside", "changing", "contest", "decoding",
+        "examination", "exercises", "factors", "guiding", "judge", "looking", "mapping", "matching",
+        "measure", "muon", "notebooks", "prompts", "reading", "recipes", "repainting", "scores",
+        "show", "train", "widgets",
     },
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS.values()) for room in rooms}

@@ -10,8 +10,11 @@ from . import (
     chapter07,
     chapter08,
     chapter09,
+    chapter11,
     chapter12,
+    chapter13,
     chapter14,
+    chapter16,
 )
 
 WRONG = [
@@ -24,6 +27,9 @@ WRONG = [
     *chapter07.WRONG,
     *chapter08.WRONG,
     *chapter09.WRONG,
+    *chapter11.WRONG,
     *chapter12.WRONG,
+    *chapter13.WRONG,
     *chapter14.WRONG,
+    *chapter16.WRONG,
 ]
