@@ -17,7 +17,7 @@ from companion.clip import (
     halves,
 )
 from companion.dalle2 import DALLE2
-from companion.imagen import SCHEDULER, Imagen
+from companion.imagen import SCHEDULER, SUPER_RES_SCHEDULER, Imagen
 from companion.preparation import Preparation
 from companion.prior import Prior, PriorConfig, TextProjection, TextProjectionConfig
 from companion.schedule import Schedule
@@ -115,7 +115,7 @@ def imagen() -> Imagen:
     return Imagen(
         scheduler=Scheduler.of(Schedule.cosine(), SCHEDULER),
         super_res=unet(6, 16, class_embed_type="timestep"),
-        super_res_scheduler=Scheduler.of(Schedule.cosine(), SCHEDULER),
+        super_res_scheduler=Scheduler.of(Schedule.cosine(), SUPER_RES_SCHEDULER),
         text_encoder=CLIPText.fresh(text(tokenizer), g).eval(),
         tokenizer=tokenizer,
         unet=unet(3, 8, **projected),
