@@ -131,6 +131,11 @@ def recording(unet: UNet, pictures: int, rows: int | None = None) -> Iterator[Lo
             hook.remove()
 
 
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """How far states lie apart, as a share of their mean length: (…, K) -> (…)."""
+    return 2 * (a - b).norm(dim=-1) / (a.norm(dim=-1) + b.norm(dim=-1))
+
+
 def rows_of(tokenizer: Tokenizer, text: str) -> list[tuple[str, list[int]]]:
     """What each of the context's rows stands for: (word, its rows), in order.
 

@@ -30,6 +30,7 @@ from companion.autoencoder import Autoencoder, AutoencoderConfig
 from companion.dalle2 import DALLE2
 from companion.imagen import Imagen
 from companion.judge import Judge
+from companion.looking import answer
 from companion.measure import SEEDS, measurement, over_seeds
 from companion.pipeline import System
 from companion.prior import Prior, PriorConfig
@@ -384,15 +385,6 @@ def marked(some: Sequence[Prompt], read: Sequence[Sequence[Facts | None]]) -> di
         n = sum(int(x["n"]) for x in few)
         found["swapped"] = interval(sum(round(x["value"] * x["n"]) for x in few), n)
     return found
-
-
-def answer(facts: Facts | None, what: str) -> str | None:
-    """What a picture shows of sky, place, or its only thing; None: no such thing."""
-    if facts is None:
-        return None
-    if what in ("sky", "place"):
-        return getattr(facts, what)
-    return getattr(facts.things[0], what) if len(facts.things) == 1 else None
 
 
 def unsaid(said: Facts, what: str) -> bool:

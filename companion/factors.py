@@ -230,6 +230,14 @@ def multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
+def drawn(scenes: int) -> recipe.Pictures:
+    """So many pictures to train on, drawn now, so that no network pays for it."""
+    pictures = recipe.Pictures(n=scenes)
+    for numbers in torch.arange(scenes).split(50):
+        pictures[numbers]
+    return pictures
+
+
 @measurement(
     "autoencoders",
     "Small autoencoders of several factors and channels, and one with a codebook: equal processor"
@@ -245,9 +253,7 @@ def autoencoders(
     scenes: int = 4000,
 ) -> dict[str, Any]:
     """Chapter 11's comparison."""
-    pictures = recipe.Pictures(n=scenes)
-    for numbers in torch.arange(scenes).split(50):
-        pictures[numbers]  # drawn now, so that no network pays for it
+    pictures = drawn(scenes)
     x, truth = pictures.fresh(n)
     rows = []
     for plan in plans:
@@ -336,9 +342,7 @@ def kl_weights(
     scenes: int = 4000,
 ) -> dict[str, Any]:
     """What a heavier KL buys, and what it costs. Bells are fitted to draws for 1000 pictures."""
-    pictures = recipe.Pictures(n=scenes)
-    for numbers in torch.arange(scenes).split(50):
-        pictures[numbers]
+    pictures = drawn(scenes)
     x, truth = pictures.fresh(n)
     reader, rows = judge.Judge.from_pretrained(), []
     for weight in weights:
@@ -350,10 +354,10 @@ def kl_weights(
                 for numbers in torch.arange(min(1000, scenes)).split(50)
             ]
         z, back = torch.cat(said), recipe.round_trip(model, x)
-        drawn = {}
+        decodable = {}
         for name, latents in bells(z, n, g).items():
             read = reader.read(decoded(model, latents))
-            drawn[name] = interval(sum(facts is not None for facts in read), n)
+            decodable[name] = interval(sum(facts is not None for facts in read), n)
         rows.append(
             {
                 "kl_weight": weight,
@@ -362,7 +366,7 @@ def kl_weights(
                 **recipe.facts_right(back, truth),
                 "nats": cloud(model, x)["nats"],
                 "spread": z.std().item(),
-                "scenes": drawn,
+                "scenes": decodable,
             }
         )
     return {

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from companion import data, errors, examination, samplers
-from companion.asking import rows_of
+from companion.asking import distance, rows_of
 from companion.changing import apart as away
 from companion.dalle2 import DALLE2
 from companion.imagen import Imagen, Told, drawing
@@ -188,7 +188,14 @@ class Latents(Machine):
         return data.to_unit(self.pipe.decode(x)).clamp(0, 1)
 
 
-class Decoder(Machine):
+class Pixels(Machine):
+    """A walk of small pictures, which are read without an upsampler."""
+
+    def show(self, x: Tensor) -> Tensor:
+        return legible(data.to_unit(x.clamp(-1, 1)))
+
+
+class Decoder(Pixels):
     """DALL·E 2: the decoder's walk. The prior has drawn its places before; nothing is upsampled."""
 
     needs = (*DALLE2.made_of, "decoder/text_proj")
@@ -225,11 +232,8 @@ class Decoder(Machine):
         null = self.null.each(len(place))
         return self.pipe.decoding(place, Words(*words), null, examination.DALLE2_GUIDANCE)
 
-    def show(self, x: Tensor) -> Tensor:
-        return legible(data.to_unit(x.clamp(-1, 1)))
 
-
-class Base(Machine):
+class Base(Pixels):
     """Imagen: the base's walk; nothing is upsampled."""
 
     needs = Imagen.made_of
@@ -251,9 +255,6 @@ class Base(Machine):
     def guided(self, given: Given, scale: float = 5.0, keep: float = 0.95) -> samplers.Denoiser:
         null = Told(*(part.expand(len(given[0]), *part.shape[1:]) for part in self.null))
         return drawing(self.pipe.unet, self.scheduler, Told(*given), null, scale, keep)
-
-    def show(self, x: Tensor) -> Tensor:
-        return legible(data.to_unit(x.clamp(-1, 1)))
 
 
 MACHINES: dict[str, type[Machine]] = {"Stable Diffusion": Latents, "DALL·E 2": Decoder}
@@ -639,11 +640,6 @@ def alone(n: int, seed: int = CAPTIONS_SEED) -> tuple[Scene, ...]:
     while len(found) < n:
         found += [scene for scene in sample(n, g, things=(1,)) if not scene.stream]
     return tuple(found[:n])
-
-
-def distance(a: Tensor, b: Tensor) -> Tensor:
-    """How far states (…, K) lie apart, as a share of their mean length, (…)."""
-    return (a - b).norm(dim=-1) / ((a.norm(dim=-1) + b.norm(dim=-1)) / 2)
 
 
 def last_row(clip: FrozenCLIP, text: str, phrase: str) -> int:

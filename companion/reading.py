@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from companion import errors, guidance, samplers
-from companion.asking import Question, questions, shows
+from companion.asking import Question, distance, questions, shows
 from companion.changing import psnr, small
 from companion.dalle2 import DALLE2
 from companion.data import to_unit
@@ -78,11 +78,6 @@ def replaced(texts: Sequence[str], old: str, new: str) -> tuple[list[str], list[
     have = [words for words in split if words.count(old) == 1]
     other = [[new if word == old else word for word in words] for words in have]
     return [" ".join(words) for words in have], [" ".join(words) for words in other]
-
-
-def distance(a: Tensor, b: Tensor) -> Tensor:
-    """How far vectors lie apart, as a share of their mean length: (…, K) -> (…)."""
-    return 2 * (a - b).norm(dim=-1) / (a.norm(dim=-1) + b.norm(dim=-1))
 
 
 def by_row(reader: Reader, before: str, after: str) -> Tensor:

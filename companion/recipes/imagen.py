@@ -4,7 +4,7 @@ Saharia et al. 2022. Noise on a cosine, the noise as the base's target, one capt
 as there; the upsampler's target is the velocity. Smaller than the paper's in every way.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,13 @@ from companion.recipes.encoded import (
     shrunk,
     to_bytes,
 )
+from companion.recipes.language import usual
 from companion.recipes.upsamplers import FACTOR, distances, windows
 from companion.schedule import Schedule
 from companion.scheduler import Scheduler
 from companion.scores import frechet
 from companion.storybook import Scene, caption, render, sample
 from companion.tokenizer import Tokenizer
-from companion.train import Recipe
 
 NO_CAPTION = 0.1  # share left out, for guidance (section 2.2)
 CROP = 32  # of the large picture, that a step of the upsampler sees
@@ -339,22 +339,8 @@ def look_at_upsampler(model: ADMUNet, n: int = 4) -> Tensor:
 # --- the recipes ----------------------------------------------------------------------------------
 
 
-def _recipe(name: str, about: str, **numbers: object) -> Recipe:
-    usual: Mapping[str, object] = {
-        "warmup": 200,
-        "decay": "late",
-        "optimiser": "muon",
-        "betas": (0.9, 0.99),
-        "learning_rate": 2e-3,
-        "ema": 0.999,
-        "chunk": 32,
-        "dtype": "float16",
-    }
-    return Recipe(name=name, about=about, **(usual | numbers))
-
-
 RECIPES = (
-    _recipe(
+    usual(
         "imagen",
         "Imagen's base: a caption, as a frozen language model reads it, to 16 x 16 pixels. It never"
         " saw the held-out combinations.",
@@ -370,7 +356,7 @@ RECIPES = (
         minutes=70,
         data_about="40,000 Storybook scenes, each with a new caption whenever it is seen",
     ),
-    _recipe(
+    usual(
         "imagen-upsampler",
         "Imagen's upsampler, 16 x 16 pixels to 64 x 64: told the caption again, and how much noise"
         " lies over the small picture. It never saw the held-out combinations.",

@@ -8,7 +8,7 @@ does not keep, the writer cannot say. Then the writer is thrown away.
 
 A network that predicts the next piece, as most language models do, was tried first. Its last states
 know what may come next, and that is the same after "house" as after "tree": they differed by 7 % of
-their length, and no U-Net could have told the two apart.
+their length, and that was all by which a U-Net could have told the two apart.
 """
 
 from collections.abc import Mapping
@@ -193,10 +193,25 @@ def score(model: Rewriter, captions: Captions) -> dict[str, object]:
     return found
 
 
+def usual(name: str, about: str, **numbers: object) -> Recipe:
+    """A recipe with what all three of Imagen's networks are trained with, unless told otherwise."""
+    shared: Mapping[str, object] = {
+        "warmup": 200,
+        "decay": "late",
+        "optimiser": "muon",
+        "betas": (0.9, 0.99),
+        "learning_rate": 2e-3,
+        "ema": 0.999,
+        "chunk": 32,
+        "dtype": "float16",
+    }
+    return Recipe(name=name, about=about, **(shared | numbers))
+
+
 RECIPES = (
-    Recipe(
-        name="language-model",
-        about="Imagen's reader of captions: a causal Transformer whose states have to hold what a"
+    usual(
+        "language-model",
+        "Imagen's reader of captions: a causal Transformer whose states have to hold what a"
         " writer needs to write the caption again. It has never seen a picture, and never read of"
         " the held-out combinations.",
         data=Captions,
@@ -208,15 +223,8 @@ RECIPES = (
         needs=("clip",),
         steps=1500,
         batch_size=64,
-        chunk=32,
-        learning_rate=2e-3,
         minutes=8,
-        warmup=200,
-        decay="late",
-        optimiser="muon",
-        betas=(0.9, 0.99),
         ema=0.998,
-        dtype="float16",
         data_about="captions of Storybook scenes, each a new one; no pictures",
     ),
 )
