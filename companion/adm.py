@@ -107,6 +107,33 @@ class ADMConfig:
             isinstance(heads, tuple) and len(heads) != n,
             f"attention_head_dim has {heads}; expected one number, or {n}.",
         )
+        for width, head in self.looks():
+            refuse(
+                width % head != 0,
+                f"attention_head_dim is {heads}, and {width} channels that attend are no whole"
+                f" number of heads of {head} (block_out_channels: {self.block_out_channels}).",
+            )
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The channels of one head, level by level."""
+        head = self.attention_head_dim
+        return head if isinstance(head, tuple) else (head,) * len(self.block_out_channels)
+
+    def looks(self) -> list[tuple[int, int]]:
+        """Where there is attention: channels, and those of one head; down, middle, up.
+
+        Trap: on the way up stock counts attention_head_dim from the top again, not reversed.
+        """
+        widths, heads = self.block_out_channels, self.heads
+        down = zip(self.down_block_types, widths, heads, strict=True)
+        up = zip(self.up_block_types, widths[::-1], heads, strict=True)
+        middle = self.looks_at_text or self.add_attention
+        return [
+            *[(width, head) for kind, width, head in down if kind != PLAIN[0]],
+            *[(widths[-1], heads[-1])] * middle,
+            *[(width, head) for kind, width, head in up if kind != PLAIN[1]],
+        ]
 
 
 class ADMUNet(Pretrained):
@@ -120,8 +147,7 @@ class ADMUNet(Pretrained):
         self.config = c = config
         widths = c.block_out_channels
         first, last = widths[0], widths[-1]
-        head = c.attention_head_dim
-        head = head if isinstance(head, tuple) else (head,) * len(widths)
+        head = c.heads
         block = partial(
             ResnetBlock,
             time_width=4 * first,
@@ -158,7 +184,6 @@ class ADMUNet(Pretrained):
         for i, (kind, out) in enumerate(zip(c.up_block_types, widths[::-1], strict=True)):
             depth, highest = c.layers_per_block + 1, i == len(widths) - 1
             resnets = [block((width if j == 0 else out) + seen.pop(), out) for j in range(depth)]
-            # Trap: on the way up stock counts attention_head_dim from the top again, not reversed.
             attentions = [look(out, head[i]) for _ in range(depth)] if kind != PLAIN[1] else []
             grow = None if highest else block(out, out, resample="up")
             self.up_blocks.append(UpStage(resnets, attentions, grow))

@@ -217,7 +217,7 @@ def imagen_enlarges(pipe: Imagen) -> Draw:
 
     def draw(asked: Sequence[Prompt], generator: torch.Generator) -> Tensor:
         small = F.avg_pool2d(render([p.scene for p in asked], SIZE), FACTOR)
-        return enlarge(pipe.super_res, pipe, small, [p.text for p in asked], generator, 100)
+        return enlarge(pipe.super_res, pipe, small, [p.text for p in asked], generator, 0)
 
     return draw
 

@@ -47,6 +47,7 @@ CELL_TIMEOUT = 900  # seconds; every chapter runs in minutes, so a cell that tak
 # such pixels can add a second. A stroke or a letter that really moved changes its edge by tens.
 SAME_COLOUR = 2
 PALETTE_SLIP = 64  # and this many: no longer a neighbour in a palette
+FEW_COLOURS = 4  # and a palette may be so far off on average
 
 PICTURES = ("image/png", "image/jpeg", "image/webp")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -80,8 +81,9 @@ def _code(notebook: Notebook) -> list[dict]:
 def small_picture(png: bytes) -> bytes:
     """The same PNG in fewer bytes: tightly packed, and with 256 colours where that shows nothing.
 
-    A plot or a drawing has a few colours and their blends: a palette holds them to about a level of
-    255 on average, and takes a third of the room. A field of noise keeps all its colours.
+    A palette takes a third of the room. It holds a plot, which has a few colours and their blends,
+    to about a level of 255 on average, and a sheet of drawn pictures to three: side by side nobody
+    tells them apart. A field of noise keeps all its colours.
     """
     from PIL import Image, ImageChops, ImageStat
 
@@ -96,7 +98,7 @@ def small_picture(png: bytes) -> bytes:
         lost = ImageStat.Stat(ImageChops.difference(picture, few.convert("RGB"))).mean
         packed = io.BytesIO()
         few.save(packed, "png", optimize=True)
-        if max(lost) <= 1.25 and len(packed.getvalue()) < 0.7 * len(best):
+        if max(lost) <= FEW_COLOURS and len(packed.getvalue()) < 0.7 * len(best):
             best = packed.getvalue()
     return best
 

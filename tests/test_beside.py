@@ -345,8 +345,6 @@ def test_gains_are_paired_by_prompt():
 
 @pytest.fixture(scope="module")
 def stored():
-    if not (checkpoints.WEIGHTS / "imagen").is_dir():
-        pytest.skip("Imagen's networks are not shipped yet, and without them there is no table")
     return measure.load("side-by-side")
 
 

@@ -35,7 +35,7 @@ def test_each_setting_changes_the_picture(pipe):
         {"super_res_guidance_scale": 8.0},
         {"thresholding": "static"},
         {"percentile": 0.5},
-        {"augmentation": 0},
+        {"augmentation": 100},
         {"negative_prompt": "the sea"},
         {"sampler": "ddim"},
     ):

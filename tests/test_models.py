@@ -189,3 +189,11 @@ def test_configs_that_make_no_sense():
     ):
         with pytest.raises(ValueError, match=match):
             ADMConfig(**plain | change)
+    # stock would round the heads down and fit no weights; on the way up it counts from the top
+    attends = {"down_block_types": (PLAIN[0], SELF[0]), "up_block_types": (SELF[1], PLAIN[1])}
+    attends |= {"block_out_channels": (8, 12), "downsample_type": "resnet"}
+    attends |= {"upsample_type": "resnet"}
+    ADMConfig(**plain | attends | {"attention_head_dim": (6, 4)})
+    for head in (8, (5, 4), (4, 5)):
+        with pytest.raises(ValueError, match="12 channels that attend"):
+            ADMConfig(**plain | attends | {"attention_head_dim": head})

@@ -18,10 +18,12 @@ from companion.exercises import (
     chapter07,
     chapter08,
     chapter09,
+    chapter10,
     chapter11,
     chapter12,
     chapter13,
     chapter14,
+    chapter15,
     chapter16,
 )
 from companion.exercises.checking import CHECKS, NotYet, check, exercise, verdict

@@ -10,10 +10,12 @@ from . import (
     chapter07,
     chapter08,
     chapter09,
+    chapter10,
     chapter11,
     chapter12,
     chapter13,
     chapter14,
+    chapter15,
     chapter16,
 )
 
@@ -27,9 +29,11 @@ WRONG = [
     *chapter07.WRONG,
     *chapter08.WRONG,
     *chapter09.WRONG,
+    *chapter10.WRONG,
     *chapter11.WRONG,
     *chapter12.WRONG,
     *chapter13.WRONG,
     *chapter14.WRONG,
+    *chapter15.WRONG,
     *chapter16.WRONG,
 ]
