@@ -195,7 +195,7 @@ class Pixels(Machine):
         return legible(data.to_unit(x.clamp(-1, 1)))
 
 
-class Decoder(Pixels):
+class Decoding(Pixels):
     """DALL·E 2: the decoder's walk. The prior has drawn its places before; nothing is upsampled."""
 
     needs = (*DALLE2.made_of, "decoder/text_proj")
@@ -257,7 +257,7 @@ class Base(Pixels):
         return drawing(self.pipe.unet, self.scheduler, Told(*given), null, scale, keep)
 
 
-MACHINES: dict[str, type[Machine]] = {"Stable Diffusion": Latents, "DALL·E 2": Decoder}
+MACHINES: dict[str, type[Machine]] = {"Stable Diffusion": Latents, "DALL·E 2": Decoding}
 NEEDS = (*dict.fromkeys(sum((machine.needs for machine in MACHINES.values()), ())), "judge")
 
 

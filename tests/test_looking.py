@@ -18,7 +18,7 @@ from companion.looking import (
     STEPS,
     WORDS,
     Base,
-    Decoder,
+    Decoding,
     Latents,
     agreements,
     alike,
@@ -68,7 +68,7 @@ def machines():
     """One of each kind, with random weights; the judge can read what they show."""
     found = {
         "latents": Latents(tiny.stable_diffusion(seeing=True)),
-        "decoder": Decoder(tiny.dalle2(second=False)),
+        "decoder": Decoding(tiny.dalle2(second=False)),
         "base": Base(tiny.imagen()),
     }
     found["latents"].show = large(found["latents"].show)
@@ -100,7 +100,7 @@ def test_latents_draw_what_stable_diffusion_draws():
 
 def test_the_decoder_is_told_and_draws_what_dalle2_does(monkeypatch):
     pipe, seen = tiny.dalle2(second=False), {}
-    machine = Decoder(pipe)
+    machine = Decoding(pipe)
     given = machine.tell(TEXTS, [5, 6])
     small = pipe.draw_small
 
