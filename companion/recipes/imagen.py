@@ -298,7 +298,7 @@ def enlarge(
     steps: int = 10,
     scale: float = 1.0,
 ) -> Tensor:
-    """Small pictures (B, 3, 16, 16) in [0, 1] to (B, 3, 64, 64), as the system enlarges them."""
+    """Small pictures (B, 3, 16, 16) in [0, 1] to (B, 3, 64, 64), with answers clipped to range."""
     signed, told = data.to_signed(small), read.read(texts)
     null = nothing(read, len(small))
     noise = torch.randn(signed.shape, generator=g)
