@@ -40,7 +40,7 @@ from companion.storybook import (
     write,
 )
 from companion.tokenizer import Tokenizer
-from companion.train import Average, generator, learning_rate
+from companion.train import PRECISIONS, Average, fast_precision, generator, learning_rate
 from companion.unclip import Words
 from companion.unet import UNet
 
@@ -629,8 +629,10 @@ def train_both(
     plan = small_recipe(steps)
     models = {telling: small_unet(latents).train() for telling in TELLINGS}
     averages = {name: Average(model, plan.ema) for name, model in models.items()}
+    half = PRECISIONS[fast_precision()]
+    dtype = half or torch.float32
     optimisers = {
-        name: Muon(m.parameters(), plan.learning_rate, betas=plan.betas, dtype=torch.bfloat16)
+        name: Muon(m.parameters(), plan.learning_rate, betas=plan.betas, dtype=dtype)
         for name, m in models.items()
     }
     losses: dict[str, list[float]] = {name: [] for name in models}
@@ -643,7 +645,7 @@ def train_both(
         for name, model in models.items():
             for group in optimisers[name].param_groups:
                 group["lr"] = learning_rate(plan, step)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half is not None):
                 loss, _ = recipe.loss(model, batch | {"states": tell(words, name)}, latents)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
@@ -725,7 +727,7 @@ def sequence_or_pooled(
         "scenes": scenes,
         "widths": list(SMALL_WIDTHS),
         "parameters": sizes[TELLINGS[0]],
-        "precision": "bf16",
+        "precision": fast_precision(),
         "first losses": {name: values[:3] for name, values in losses.items()},
         "last losses": ends,
         "things": found,

@@ -23,7 +23,7 @@ from companion.measure import measurement
 from companion.muon import Muon
 from companion.recipes import autoencoder as recipe
 from companion.scores import interval, mean_interval
-from companion.train import Average, generator
+from companion.train import PRECISIONS, Average, fast_precision, generator
 
 WIDTHS = (16, 32, 64, 96, 96)  # at 64 x 64, 32 x 32, …: as many as the factor has halvings, and one
 CODES = 1024
@@ -161,7 +161,9 @@ def trained(
     """
     model = fresh(plan, seed)
     average = Average(model, EMA)
-    optimiser = Muon(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), dtype=torch.bfloat16)
+    half = PRECISIONS[fast_precision()]
+    dtype = half or torch.float32
+    optimiser = Muon(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), dtype=dtype)
     curve: list[dict[str, float]] = []
     spent, step = 0.0, 0
     while len(curve) < looks:
@@ -172,7 +174,7 @@ def trained(
             model.start_from(batch["pictures"], generator(seed, "codes"))
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half is not None):
             if isinstance(model, CodebookAutoencoder):
                 loss, _ = codebook_loss(model, batch)
             else:
@@ -289,7 +291,7 @@ def autoencoders(
         "seconds": seconds,
         "scenes": scenes,
         "fresh": n,
-        "precision": "bf16",
+        "precision": fast_precision(),
         "ceiling": ceiling,
         "rows": rows,
         "prices": paid,
@@ -373,7 +375,7 @@ def kl_weights(
         "seeds": [0],
         "seconds": seconds,
         "fresh": n,
-        "precision": "bf16",
+        "precision": fast_precision(),
         "ceiling": recipe.facts_right(x, truth),
         "rows": rows,
     }

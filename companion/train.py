@@ -873,6 +873,12 @@ def _reproducible(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
+def fast_precision() -> str:
+    """The faster precision on this CPU: "fp32" where bfloat16 would only be imitated, slowly."""
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if native else "fp32"
+
+
 def keep_memory() -> None:
     """Ask the C library to keep freed memory for the next tensor, where it is glibc.
 
