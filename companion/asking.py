@@ -629,8 +629,7 @@ def train_both(
     plan = small_recipe(steps)
     models = {telling: small_unet(latents).train() for telling in TELLINGS}
     averages = {name: Average(model, plan.ema) for name, model in models.items()}
-    half = PRECISIONS[fast_precision()]
-    dtype = half or torch.float32
+    dtype = PRECISIONS[fast_precision()] or torch.float32
     optimisers = {
         name: Muon(m.parameters(), plan.learning_rate, betas=plan.betas, dtype=dtype)
         for name, m in models.items()
@@ -645,7 +644,7 @@ def train_both(
         for name, model in models.items():
             for group in optimisers[name].param_groups:
                 group["lr"] = learning_rate(plan, step)
-            with torch.autocast("cpu", torch.bfloat16, enabled=half is not None):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
                 loss, _ = recipe.loss(model, batch | {"states": tell(words, name)}, latents)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), plan.clip)

@@ -161,8 +161,7 @@ def trained(
     """
     model = fresh(plan, seed)
     average = Average(model, EMA)
-    half = PRECISIONS[fast_precision()]
-    dtype = half or torch.float32
+    dtype = PRECISIONS[fast_precision()] or torch.float32
     optimiser = Muon(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), dtype=dtype)
     curve: list[dict[str, float]] = []
     spent, step = 0.0, 0
@@ -174,7 +173,7 @@ def trained(
             model.start_from(batch["pictures"], generator(seed, "codes"))
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half is not None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             if isinstance(model, CodebookAutoencoder):
                 loss, _ = codebook_loss(model, batch)
             else:
