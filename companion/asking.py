@@ -25,6 +25,7 @@ from companion.measure import mean, measurement
 from companion.muon import Muon
 from companion.prompts import Prompt, marks, prompts, right, shares_right
 from companion.recipes import stable_diffusion as recipe
+from companion.recipes.encoded import FrozenCLIP
 from companion.scores import difference, interval
 from companion.stable_diffusion import StableDiffusion
 from companion.storybook import (
@@ -682,8 +683,8 @@ def apart(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
 def sequence_or_pooled(
     steps: int = SMALL_STEPS, each: int = EACH, scenes: int = SCENES, draw_steps: int = STEPS
 ) -> dict[str, Any]:
-    """Chapter 12's comparison."""
-    latents = recipe.Latents(scenes=scenes)
+    """Chapter 12's comparison; the text is read by CLIP as it came from its own training."""
+    latents = recipe.Latents(clip=FrozenCLIP.open(), scenes=scenes)
     models, losses = train_both(latents, steps)
     judge, clip, found = Judge.from_pretrained(), latents.clip, {}
     null = clip.read([""])

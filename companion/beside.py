@@ -84,7 +84,7 @@ MADE = {
     ),
     "Stable Diffusion": Made(
         StableDiffusion,
-        ("autoencoder", "stable-diffusion"),
+        ("text-encoder", "autoencoder", "stable-diffusion"),
         ("clip",),
         lambda: examination.stable_diffusion(),
         lambda pipe: examination.stable_diffusion_draws(pipe),
@@ -101,6 +101,7 @@ CLOSE = 1.1  # costs within a tenth of each other count as equal
 READS: dict[str, tuple[tuple[str, float | None], ...]] = {
     "prior": (("CLIP's text tower", 1.0), ("CLIP's picture tower", None)),
     "decoder": (("CLIP's text tower", 1.0), ("CLIP's picture tower", None)),
+    "text-encoder": (("CLIP's picture tower", 1.0),),
     "stable-diffusion": (
         ("CLIP's text tower", 1 - SHOWN),
         ("CLIP's picture tower", SHOWN),

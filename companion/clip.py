@@ -8,6 +8,7 @@ Parts of CLIP serve as text or picture encoder in other systems, under their pub
 """
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -328,3 +329,10 @@ def halves(clip: CLIP) -> tuple[CLIPTextProjected, CLIPVisionProjected]:
         half.load_state_dict(own, assign=True)
         half.eval().requires_grad_(False)
     return words, pictures
+
+
+def with_words(clip: CLIP, words: CLIPText) -> CLIP:
+    """The same CLIP with another text tower in its place; all else is shared, not copied."""
+    other = copy(clip)
+    other._modules = {**clip._modules, "text_model": words.text_model}
+    return other

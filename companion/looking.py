@@ -31,6 +31,7 @@ from companion.pipeline import System
 from companion.prompts import possibilities, swapped
 from companion.recipes.decoder import legible
 from companion.recipes.encoded import FrozenCLIP
+from companion.recipes.stable_diffusion import reader as told_by
 from companion.scheduler import Scheduler
 from companion.scores import difference, interval, mean_interval
 from companion.stable_diffusion import StableDiffusion
@@ -148,6 +149,10 @@ class Machine(ABC):
             found.append(self.show(x))
         return torch.cat(found)
 
+    def reader(self) -> FrozenCLIP:
+        """Who reads its prompts: CLIP, as it came from its own training."""
+        return FrozenCLIP.open()
+
     def say(self, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Pictures of texts, every die thrown with the same seed."""
         return self.draw(self.tell(texts, seeds), seeds)
@@ -180,6 +185,10 @@ class Latents(Machine):
 
     def tell(self, texts: Sequence[str], seeds: Sequence[int]) -> Given:
         return (self.pipe.encode_prompts(list(texts), None, 1, 1.0, truncate=True)[0],)
+
+    def reader(self) -> FrozenCLIP:
+        """CLIP with the text tower that was taught on."""
+        return told_by()
 
     def guided(self, given: Given, scale: float = examination.SD_GUIDANCE) -> samplers.Denoiser:
         return self.pipe.guided(given[0], self.null.expand(len(given[0]), -1, -1), scale)
@@ -623,7 +632,7 @@ def same(
 
 CAPTIONED, CAPTIONS_SEED = 50, 1603
 FRAMES = 30  # captions in which words are exchanged
-SIDES, CHOSEN, LOUDER = 12, 300, 8.0
+SIDES, CHOSEN, FAINTER = 12, 300, (0.5, 0.25, 0.125)
 PHRASES = {
     "sky": {sky: phrases[0] for sky, phrases in SKY_PHRASES.items()},
     "place": {place: phrases[0] for place, phrases in PLACE_PHRASES.items()},
@@ -687,9 +696,11 @@ def taken_for(asked: Sequence[str], seen: Sequence[str | None], a: str, b: str) 
 
 
 @torch.no_grad()
-def side_told(machine: Latents, scenes: Sequence[Scene], louder: float = LOUDER) -> dict[str, Any]:
-    """Left and right told three ways: by words, by words whose difference is exaggerated, by what
-    CLIP sees in a picture. Of the pictures with the thing on a side: how many on the right one."""
+def side_told(
+    machine: Latents, scenes: Sequence[Scene], fainter: Sequence[float] = FAINTER
+) -> dict[str, Any]:
+    """Left and right told by words, by words whose difference is made fainter, and by what CLIP
+    sees in a picture. Of the pictures with the thing on a side: how many on the right one."""
     judge, rows = Judge.from_pretrained(), {}
     sides, seeds = ("left", "right"), [*range(len(scenes))]
     texts = {
@@ -699,7 +710,12 @@ def side_told(machine: Latents, scenes: Sequence[Scene], louder: float = LOUDER)
     middle = (states["left"] + states["right"]) / 2
     ways = {
         "words": states,
-        "words, exaggerated": {s: middle + louder * (states[s] - middle) for s in sides},
+        **{
+            f"words, the difference times {share}": {
+                s: middle + share * (states[s] - middle) for s in sides
+            }
+            for share in fainter
+        },
     }
     x = {"left": 0.25, "right": 0.75}
     ways["a picture"] = {
@@ -782,9 +798,9 @@ def chosen(clip: FrozenCLIP, n: int = CHOSEN) -> dict[str, dict[str, float]]:
 
 @measurement(
     "said-and-seen",
-    "How far CLIP's text states lie apart when one word is exchanged for another, and how often"
-    " each machine draws the one for the other; left and right told by words, exaggerated, and by"
-    " pictures; which wrong captions CLIP takes for the right one. 95 % intervals",
+    "How far each machine's text states lie apart when one word is exchanged for another, and how"
+    " often it draws the one for the other; left and right told by words, by fainter ones, and by"
+    " pictures; which wrong captions either reader takes for the right one. 95 % intervals",
     minutes=2,
     needs=(*NEEDS, "clip"),
 )
@@ -796,11 +812,13 @@ def said_and_seen(
     machines: Mapping[str, Machine] | None = None,
 ) -> dict[str, Any]:
     """Chapter 16's distances, mistakes and causes; ``side_told`` is Stable Diffusion's alone."""
-    judge, clip, machines = Judge.from_pretrained(), FrozenCLIP.open(), opened(machines)
+    judge, machines = Judge.from_pretrained(), opened(machines)
+    readers = {name: machine.reader() for name, machine in machines.items()}
     scenes, seeds = alone(n), [*range(n)]
     facts = [scene.facts() for scene in scenes]
     asked = {w: [said(f, w) for f in facts] for w in FACTS}
-    apart, rows, right = told_apart(clip, scenes[:frames]), {}, {}
+    apart = {name: told_apart(reader, scenes[:frames]) for name, reader in readers.items()}
+    rows, right = {}, {}
     for name, machine in machines.items():
         read = judge.read(machine.say([write(f) for f in facts], seeds))
         seen = {w: [single(r, f, w) for r, f in zip(read, facts, strict=True)] for w in FACTS}
@@ -808,7 +826,7 @@ def said_and_seen(
         rows[name] = {
             "right": {w: interval(sum(one), n) for w, one in right[name].items()},
             "taken for": {
-                w: {pair: taken_for(asked[w], seen[w], *pair.split(" / ")) for pair in apart[w]}
+                w: {p: taken_for(asked[w], seen[w], *p.split(" / ")) for p in apart[name][w]}
                 for w in FACTS
             },
         }
@@ -824,9 +842,9 @@ def said_and_seen(
         "apart": apart,
         "rows": rows,
         "between": between,
-        "louder": LOUDER,
+        "fainter": list(FAINTER),
         "side": side_told(latents[0], alone(sides, CAPTIONS_SEED + 1)) if latents else {},
-        "chosen": chosen(clip, choices),
+        "chosen": {name: chosen(reader, choices) for name, reader in readers.items()},
     }
 
 

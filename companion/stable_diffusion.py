@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from companion import checkpoints, errors, guidance, samplers
 from companion.autoencoder import Autoencoder
-from companion.clip import CLIP, CLIPText, CLIPVisionProjected, halves
+from companion.clip import CLIP, CLIPText, CLIPVisionProjected, halves, with_words
 from companion.data import to_signed, to_unit
 from companion.diffusion import to_x0
 from companion.pipeline import System, generators, prompts
@@ -53,7 +53,7 @@ class StableDiffusion(System):
         "StableDiffusionInpaintPipeline",
     )
     shipped = "stable-diffusion"
-    made_of = ("clip", "autoencoder", "stable-diffusion")
+    made_of = ("clip", "text-encoder", "autoencoder", "stable-diffusion")
     parts = {
         "feature_extractor": Preparation,
         "image_encoder": CLIPVisionProjected,
@@ -108,9 +108,12 @@ class StableDiffusion(System):
 
     @classmethod
     def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
-        clip, vae, unet = (checkpoints.WEIGHTS / name for name in cls.made_of)
+        clip, words, vae, unet = (checkpoints.WEIGHTS / name for name in cls.made_of)
         return own_parts(
-            CLIP.from_pretrained(clip, dtype=dtype),
+            with_words(
+                CLIP.from_pretrained(clip, dtype=dtype),
+                CLIPText.from_pretrained(words, dtype=dtype),
+            ),
             Tokenizer.from_pretrained(clip),
             Preparation.from_pretrained(clip),
             Autoencoder.from_pretrained(vae, dtype=dtype),

@@ -159,17 +159,17 @@ def test_budgets_add_up_by_hand():
         name: {"trained": 10.0 + i, "frozen": float(i)}
         for i, name in enumerate(
             ["clip", "prior", "decoder", "upsampler-64", "language-model", "imagen",
-             "imagen-upsampler", "autoencoder", "stable-diffusion"]
+             "imagen-upsampler", "autoencoder", "stable-diffusion", "text-encoder"]
         )
     }  # fmt: skip
     found = beside.budgets(rows)
     alone = {name: row["alone"] for name, row in found["systems"].items()}
-    assert alone == {"DALL·E 2": 42, "Imagen": 60, "Stable Diffusion": 50}
+    assert alone == {"DALL·E 2": 42, "Imagen": 60, "Stable Diffusion": 78}
     both = {name: row["with shared parts"] for name, row in found["systems"].items()}
-    assert both == {"DALL·E 2": 52, "Imagen": 60, "Stable Diffusion": 60}
+    assert both == {"DALL·E 2": 52, "Imagen": 60, "Stable Diffusion": 88}
     assert found["greatest over least"] == {
-        "alone": pytest.approx(60 / 42),
-        "with shared parts": pytest.approx(60 / 52),
+        "alone": pytest.approx(78 / 42),
+        "with shared parts": pytest.approx(88 / 52),
     }
 
 

@@ -424,8 +424,11 @@ def test_the_measurements_run(machines, clip, monkeypatch):
     bare = [row for row in found["rows"]["latents"] if not row["word"]]
     assert all(row["read as without the word"]["value"] == 1 for row in bare)
     found = looking.said_and_seen(n=2, frames=2, sides=2, choices=3, machines=two)
-    assert set(found["side"]) == {"words", "words, exaggerated", "a picture"}
-    assert set(found["between"]) == {"latents less decoder"} and len(found["chosen"]) == 5
+    fainter = {f"words, the difference times {x}" for x in (0.5, 0.25, 0.125)}
+    assert set(found["side"]) == {"words", "a picture"} | fainter
+    assert set(found["between"]) == {"latents less decoder"}
+    for reader in two:
+        assert len(found["chosen"][reader]) == 5 and set(found["apart"][reader]) == set(FACTS)
 
 
 def test_they_are_known_and_say_what_they_need():

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from companion.clip import CLIPText
 from companion.recipes import RECIPES
 from companion.recipes import language as recipe
-from companion.recipes.language import Captions, Rewriter, damaged
+from companion.recipes.language import Captions, damaged
 from companion.storybook import is_held_out, parse
 from companion.train import draw
 
@@ -56,7 +56,7 @@ def test_damage_takes_pieces_away_and_leaves_their_order(captions):
 
 def test_the_writer_sees_the_readers_states_and_what_it_has_written(captions):
     torch.manual_seed(0)
-    model = Rewriter(captions).double().eval()
+    model = READER.model(captions).double().eval()
     b = draw(READER, captions, 0)
     seen, mask, written = b["seen"][:4], b["seen_mask"][:4], b["ids"][:4]
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_the_writer_sees_the_readers_states_and_what_it_has_written(captions):
 
 def test_the_loss_is_nats_a_piece_of_the_whole_caption(captions):
     torch.manual_seed(0)
-    model, b = Rewriter(captions).double(), draw(READER, captions, 0)
+    model, b = READER.model(captions).double(), draw(READER, captions, 0)
     value, said = READER.loss(model, b, captions)
     with torch.no_grad():
         logits = model(b["seen"], b["seen_mask"], b["ids"])

@@ -45,10 +45,10 @@ def write(weights: Path) -> Path:
     CLIP.fresh(CLIPConfig(text, vision, WIDTH), g).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Preparation.usual(64).save_pretrained(folder)
-    reader = weights / "language-model"
-    CLIPText.fresh(text, g).save_pretrained(reader)
-    tokenizer.save_pretrained(reader)
+    for name in ("language-model", "text-encoder"):
+        CLIPText.fresh(text, g).save_pretrained(weights / name)
+        tokenizer.save_pretrained(weights / name)
     for shipped in checkpoints.WEIGHTS.iterdir():
-        if shipped.is_dir() and shipped.name not in ("clip", "language-model"):
+        if shipped.is_dir() and not (weights / shipped.name).exists():
             shutil.copytree(shipped, weights / shipped.name)
     return weights

@@ -15,6 +15,7 @@ from companion.recipes import (
     noised,
     priors,
     stable_diffusion,
+    text_encoder,
     upsamplers,
 )
 from companion.recipes.digits import (
@@ -36,6 +37,7 @@ FAMILIES = (
     decoder,
     upsamplers,
     noised,
+    text_encoder,
     stable_diffusion,
     language,
     imagen,

@@ -53,20 +53,14 @@ class Pairs:
 
     Args:
         folder: The reader's ``imagefolder``; None for the book's scenes.
+        tokenizer: A trained one; None for a new one, learnt from the captions.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, tokenizer: Tokenizer | None = None) -> None:
         self.rows = None if folder is None else data.ImageFolder(folder, SIZE)
+        self.tokenizer = tokenizer or self._learnt()
         if self.rows is None:
-            self.tokenizer = Tokenizer.train(self._captions(20_000), 1000, CONTEXT)
             return
-        texts = self.rows.texts
-        draft = Tokenizer.train(texts, 2000)
-        longest = 2 + max(len(draft.pieces(text)) for text in texts)
-        room = min(77, max(CONTEXT, longest))  # longer captions are cut, as CLIP cuts at 77
-        # Trap: a tensor file does not say what N is, and N + 4 = 64 could be taken for a picture.
-        room += room + 4 in (16, 64, 256)
-        self.tokenizer = Tokenizer(draft.vocabulary, draft.merges, room)
         names = list(dict.fromkeys(row["file_name"] for row in self.rows.rows))
         number = {name: i for i, name in enumerate(names)}
         self.numbers = [number[row["file_name"]] for row in self.rows.rows]
@@ -74,10 +68,17 @@ class Pairs:
         self.kept = [] if few else [i for i, n in enumerate(self.numbers) if n % 10 == 9]
         self.used = [i for i, n in enumerate(self.numbers) if few or n % 10 != 9]
 
-    @staticmethod
-    def _captions(n: int) -> list[str]:
-        g = torch.Generator().manual_seed(0)
-        return [spoken(scene, g)[1] for scene in sample(n, g)]
+    def _learnt(self) -> Tokenizer:
+        if self.rows is None:
+            g = torch.Generator().manual_seed(0)
+            return Tokenizer.train([spoken(s, g)[1] for s in sample(20_000, g)], 1000, CONTEXT)
+        texts = self.rows.texts
+        draft = Tokenizer.train(texts, 2000)
+        longest = 2 + max(len(draft.pieces(text)) for text in texts)
+        room = min(77, max(CONTEXT, longest))  # longer captions are cut, as CLIP cuts at 77
+        # Trap: a tensor file does not say what N is, and N + 4 = 64 could be taken for a picture.
+        room += room + 4 in (16, 64, 256)
+        return Tokenizer(draft.vocabulary, draft.merges, room)
 
     def __len__(self) -> int:
         return 0 if self.rows is None else len(self.rows)
@@ -90,7 +91,7 @@ class Pairs:
             told = [spoken(scene, generator) for scene in scenes]
             return {
                 "pixels": normalise(render(scenes, SIZE)),
-                "ids": self.tokenizer([text for _, text in told]).ids,
+                "ids": self.tokenizer([text for _, text in told], truncate=True).ids,
                 "said": numbers([facts for facts, _ in told]),
                 "shown": numbers([scene.facts() for scene in scenes]),
             }
@@ -209,20 +210,29 @@ def holds(said: Tensor, shown: Tensor) -> Tensor:
     return fits(view, view) & (straight | crossed)
 
 
+def also_true(batch: dict[str, Tensor]) -> Tensor:
+    """Which captions (columns) are true of which pictures (rows) of a batch of ``Pairs``: bool.
+
+    Of a reader's pictures we know only which captions, or pictures, are the same.
+    """
+    if "said" in batch:
+        return holds(batch["said"], batch["shown"])
+    same = (batch["ids"][:, None] == batch["ids"][None]).all(-1)
+    return same | (batch["number"][:, None] == batch["number"][None])
+
+
+def shortened(ids: Tensor, end_id: int) -> Tensor:
+    """Token numbers (B, N) up to the longest text's end: nothing looks at what stands behind."""
+    return ids[:, : int((ids == end_id).int().argmax(1).max()) + 1]
+
+
 def _loss(model: CLIP, batch: dict[str, Tensor], pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
     """A caption that is true of another picture too is no wrong answer there: it is left out."""
     with torch.no_grad():  # after each step, as CLIP's authors did
         model.logit_scale.clamp_(max=math.log(SHARPEST))
-    ids = batch["ids"]
-    longest = int((ids == pairs.tokenizer.end_id).int().argmax(1).max()) + 1
-    logits = model(ids[:, :longest], batch["pixels"])  # nothing looks at what stands behind
-    if "said" in batch:
-        also_true = holds(batch["said"], batch["shown"])
-    else:  # of a reader's pictures we know only which captions, or pictures, are the same
-        also_true = (ids[:, None] == ids[None]).all(-1)
-        also_true |= batch["number"][:, None] == batch["number"][None]
+    logits = model(shortened(batch["ids"], pairs.tokenizer.end_id), batch["pixels"])
     right = logits.argmax(1) == torch.arange(len(logits), device=logits.device)
-    return contrastive_loss(logits, also_true), {
+    return contrastive_loss(logits, also_true(batch)), {
         "right": right.float().mean(),
         "sharpness": model.logit_scale.exp(),
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from companion import checkpoints, data
-from companion.clip import CLIP
+from companion.clip import CLIP, CLIPText, with_words
 from companion.preparation import Preparation
 from companion.recipes.clip import spoken
 from companion.storybook import Scene, render, sample
@@ -38,11 +38,18 @@ class FrozenCLIP:
         self.tokenizer, self.preparation = tokenizer, preparation
 
     @classmethod
-    def open(cls, folder: Path | None = None) -> Self:
-        """A folder that the recipe ``clip`` wrote; by default the shipped one."""
+    def open(cls, folder: Path | None = None, words: Path | None = None) -> Self:
+        """A folder that the recipe ``clip`` wrote; by default the shipped one.
+
+        Args:
+            folder: The folder.
+            words: Another text tower's, as the recipe ``text-encoder`` writes it.
+        """
         where = checkpoints.WEIGHTS / "clip" if folder is None else folder
-        parts = (CLIP, Tokenizer, Preparation)
-        return cls(*(part.from_pretrained(where) for part in parts))
+        clip = CLIP.from_pretrained(where)
+        if words is not None:
+            clip = with_words(clip, CLIPText.from_pretrained(words))
+        return cls(clip, Tokenizer.from_pretrained(where), Preparation.from_pretrained(where))
 
     @property
     def width(self) -> int:

@@ -70,30 +70,17 @@ class Rewriter(nn.Module):
     """A reader, and a writer that sees the reader's states and what it has written so far.
 
     Args:
-        captions: Whose pieces are read and written.
+        reader: Whose states the writer sees.
     """
 
-    def __init__(self, captions: Captions) -> None:
+    def __init__(self, reader: CLIPText) -> None:
         super().__init__()
-        pieces = captions.tokenizer
-        self.reader = CLIPText(
-            CLIPTextConfig(
-                vocab_size=len(pieces),
-                hidden_size=WIDTH,
-                intermediate_size=4 * WIDTH,
-                projection_dim=WIDTH,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=HEADS,
-                max_position_embeddings=pieces.context,
-                bos_token_id=pieces.start_id,
-                eos_token_id=pieces.end_id,
-                pad_token_id=pieces.pad_id,
-            )
-        )
+        self.reader = reader
+        width = reader.config.hidden_size
         layer = nn.TransformerDecoderLayer(
-            WIDTH, HEADS, 4 * WIDTH, 0.0, F.gelu, batch_first=True, norm_first=True
+            width, HEADS, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True
         )
-        self.writer = nn.TransformerDecoder(layer, WRITING, nn.LayerNorm(WIDTH))
+        self.writer = nn.TransformerDecoder(layer, WRITING, nn.LayerNorm(width))
 
     def forward(self, seen: Tensor, seen_mask: Tensor, written: Tensor) -> Tensor:
         """How likely each piece is to come next.
@@ -130,6 +117,24 @@ class Rewriter(nn.Module):
     ) -> Path:
         """The reader's folder. Nobody needs the writer any more."""
         return self.reader.save_pretrained(folder, card=card, dtype=dtype)
+
+
+def build(captions: Captions) -> Rewriter:
+    """A fresh reader of the captions' pieces, with its writer."""
+    pieces = captions.tokenizer
+    config = CLIPTextConfig(
+        vocab_size=len(pieces),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=pieces.context,
+        bos_token_id=pieces.start_id,
+        eos_token_id=pieces.end_id,
+        pad_token_id=pieces.pad_id,
+    )
+    return Rewriter(CLIPText(config))
 
 
 def damaged(ids: Tensor, mask: Tensor, pad: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -179,18 +184,25 @@ def score(model: Rewriter, captions: Captions) -> dict[str, object]:
 
     Whoever cannot tell "left" from "right" in the states fails here.
     """
-    found = {}
     sets = {"": captions.apart(1000)}
     if captions.texts is None:
         sets[", held-out combinations"] = captions.apart(1000, held_out=True)
-    for name, texts in sets.items():
-        tokens = captions.tokenizer(texts, truncate=True)
-        whole = 0
-        for ids, mask in zip(tokens.ids.split(100), tokens.mask.split(100), strict=True):
-            said = model(ids, mask, ids[:, :-1]).argmax(-1)
-            whole += int(((said == ids[:, 1:]) | ~mask[:, 1:].bool()).all(1).sum())
-        found[f"captions written back whole{name}"] = interval(whole, len(texts))
-    return found
+    return {
+        f"captions written back whole{name}": interval(
+            written_back(model, captions.tokenizer, texts), len(texts)
+        )
+        for name, texts in sets.items()
+    }
+
+
+@torch.no_grad()
+def written_back(model: Rewriter, tokenizer: Tokenizer, texts: list[str]) -> int:
+    """How many captions are written back whole from the states of the undamaged caption."""
+    tokens, whole = tokenizer(texts, truncate=True), 0
+    for ids, mask in zip(tokens.ids.split(100), tokens.mask.split(100), strict=True):
+        said = model(ids, mask, ids[:, :-1]).argmax(-1)
+        whole += int(((said == ids[:, 1:]) | ~mask[:, 1:].bool()).all(1).sum())
+    return whole
 
 
 def usual(name: str, about: str, **numbers: object) -> Recipe:
@@ -215,7 +227,7 @@ RECIPES = (
         " writer needs to write the caption again. It has never seen a picture, and never read of"
         " the held-out combinations.",
         data=Captions,
-        model=Rewriter,
+        model=build,
         batch=batch,
         loss=loss,
         score=score,

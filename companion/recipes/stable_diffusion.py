@@ -1,8 +1,9 @@
 """Stable Diffusion's U-Net: noise in latents of 8 x 8 x 4, told of by CLIP's text states.
 
 Rombach et al. 2022, with the choices of Stable Diffusion 1: a frozen autoencoder, a frozen CLIP
-text encoder whose last states are looked at, the noise as target, one caption in ten left out. One
-batch in five is told by the states of CLIP's picture tower instead, for ``image_prompt=``.
+text encoder (``text_encoder`` trained it) whose last states are looked at, the noise as target, one
+caption in ten left out. One batch in five is told by the states of CLIP's picture tower instead,
+for ``image_prompt=``.
 """
 
 from collections.abc import Sequence
@@ -40,14 +41,27 @@ class Folded:
     log_variance: Tensor
 
 
+def reader() -> FrozenCLIP:
+    """The shipped CLIP with the text tower that Stable Diffusion looks at."""
+    return FrozenCLIP.open(words=checkpoints.WEIGHTS / "text-encoder")
+
+
 class Latents(Numbered):
-    """Pictures by number, each drawn and folded by the frozen autoencoder once."""
+    """Pictures by number, each drawn and folded by the frozen autoencoder once.
+
+    Args:
+        folder: The reader's ``imagefolder``.
+        clip: Who reads captions and pictures; the shipped reader if None.
+        options: ``scenes``, as for :class:`Numbered`.
+    """
 
     purpose = "scenes of Stable Diffusion"
 
-    def __init__(self, folder: Path | None = None, **options: int) -> None:
+    def __init__(
+        self, folder: Path | None = None, clip: FrozenCLIP | None = None, **options: int
+    ) -> None:
         super().__init__(folder, **options)
-        self.clip = FrozenCLIP.open()
+        self.clip = reader() if clip is None else clip
         self.vae = Autoencoder.from_pretrained(checkpoints.WEIGHTS / "autoencoder")
         self.vae.requires_grad_(False)
 
@@ -190,7 +204,7 @@ def look(model: UNet, n: int = 8) -> Tensor:
     scenes = sample(n, g)
     device = next(model.parameters()).device
     vae = Autoencoder.from_pretrained(checkpoints.WEIGHTS / "autoencoder")
-    pipe = assemble(FrozenCLIP.open(), vae, model)
+    pipe = assemble(reader(), vae, model)
     for part in (pipe.vae, pipe.text_encoder):
         part.to(device)
     texts = [caption(scene, generator=g) for scene in scenes]
@@ -202,15 +216,15 @@ RECIPES = (
     Recipe(
         name="stable-diffusion",
         about="Stable Diffusion's U-Net for latents of 8 x 8 x 4, which the shipped autoencoder"
-        " makes of 64 x 64 pictures. Its words are the states of the shipped CLIP; both are frozen."
-        " It never saw the held-out combinations.",
+        " makes of 64 x 64 pictures. Its words are the states of the shipped text-encoder; both are"
+        " frozen. It never saw the held-out combinations.",
         data=Latents,
         model=build,
         batch=batch,
         loss=loss,
         sample=look,
         score=score,
-        needs=("autoencoder", "clip", "judge"),
+        needs=("autoencoder", "clip", "text-encoder", "judge"),
         steps=6000,
         batch_size=64,
         chunk=64,
