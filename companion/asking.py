@@ -282,7 +282,7 @@ SPANS = (
 )  # fmt: skip
 DROPPED = (
     "nothing", "the colour word", "the kind word", "the padding", "the end",
-    "the end and the padding", "all words", "all but the end",
+    "the end and the padding", "all words", "everything but the end",
 )  # fmt: skip
 GROUPS = ("start", "colour", "kind", "other words", "end", "padding")
 TIMES = (50, 250, 500, 750, 950)  # noise levels at which true pictures are looked at
@@ -425,7 +425,6 @@ def on_the_thing(
         return mean(shares / mask.mean((1, 2)))
 
     sizes = sorted({size for size, _ in looks[times[0]].sizes().values()})
-    everything = [found.mean() for found in looks.values()]
     return {
         "area of the thing": mean(area),
         "by noise": {
@@ -435,7 +434,13 @@ def on_the_thing(
             word: {str(s): over(word, truth, [x.mean(s) for x in looks.values()]) for s in sizes}
             for word in rows
         },
-        "another scene's mask": {word: over(word, truth[elsewhere], everything) for word in rows},
+        "another scene's mask": {
+            word: {
+                str(s): over(word, truth[elsewhere], [x.mean(s) for x in looks.values()])
+                for s in sizes
+            }
+            for word in rows
+        },
     }
 
 

@@ -196,7 +196,7 @@ def test_groups_and_what_is_dropped(clip):
         assert sorted(sum(groups.values(), [])) == list(range(clip.tokenizer.context))
         gone = dropped(groups)
         assert tuple(gone) == DROPPED and gone["nothing"] == []
-        kept = set(range(clip.tokenizer.context)) - set(gone["all but the end"])
+        kept = set(range(clip.tokenizer.context)) - set(gone["everything but the end"])
         assert kept == set(groups["end"])
         words = clip.tokenizer(q.text()).mask[0].nonzero().flatten().tolist()[1:-1]
         assert sorted(gone["all words"]) == words
