@@ -20,12 +20,14 @@ from torch.nn import functional as F
 
 from companion import data, errors
 from companion.attention import watch
+from companion.diffusion import simple_loss
 from companion.judge import Judge
 from companion.measure import mean, measurement
 from companion.muon import Muon
 from companion.prompts import Prompt, marks, prompts, right, shares_right
 from companion.recipes import stable_diffusion as recipe
 from companion.recipes.encoded import FrozenCLIP
+from companion.schedule import Schedule
 from companion.scores import difference, interval
 from companion.stable_diffusion import StableDiffusion
 from companion.storybook import (
@@ -600,7 +602,7 @@ def small_recipe(steps: int = SMALL_STEPS) -> Any:
 
 
 def small_unet(latents: recipe.Latents) -> UNet:
-    """A quarter of the shipped U-Net; each call gives the same first weights."""
+    """A small one of the shipped layout; each call gives the same first weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(12)
         config = recipe.build(latents).config
@@ -622,7 +624,7 @@ def tell(words: Words, telling: str) -> Tensor:
 def train_both(
     latents: recipe.Latents, steps: int, stop: int | None = None
 ) -> tuple[dict[str, UNet], dict[str, list[float]]]:
-    """Train a small U-Net for each telling, side by side on the same batches and noise.
+    """Train a small U-Net for each telling, side by side on the same batches and noise: L_simple.
 
     Args:
         latents: What to train on.
@@ -641,17 +643,21 @@ def train_both(
         for name, m in models.items()
     }
     losses: dict[str, list[float]] = {name: [] for name in models}
+    schedule = Schedule.scaled_linear()
     for step in range(steps if stop is None else stop):
         g = generator(plan.seed, "sequence or pooled", step)
         indices = step * plan.batch_size + torch.arange(plan.batch_size)
         found = latents.take(latents.places(indices))
         words = latents.clip.read(latents.captions(found, g, recipe.NO_CAPTION))
         batch = recipe.noised(latents.draw(found, g), g)
+        x_t = schedule.add_noise(batch["x0"], batch["noise"], batch["t"])
         for name, model in models.items():
             for group in optimisers[name].param_groups:
                 group["lr"] = learning_rate(plan, step)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-                loss, _ = recipe.loss(model, batch | {"states": tell(words, name)}, latents)
+                loss = simple_loss(
+                    model(x_t, batch["t"], tell(words, name)).float(), batch["noise"]
+                )
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
             optimisers[name].step()

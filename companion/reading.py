@@ -382,8 +382,7 @@ def sides_right(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[
         *Imagen.made_of,
         *DALLE2.made_of,
         "decoder/text_proj",
-        "autoencoder",
-        "stable-diffusion",
+        *StableDiffusion.made_of,
         "judge",
     ),
 )

@@ -99,14 +99,15 @@ def test_a_step_predicts_the_noise_on_stable_diffusions_schedule(pool):
         return batch["noise"] + 0.5
 
     value, _ = MAIN.loss(model, batch, None)
-    assert value.item() == pytest.approx(0.25, abs=1e-6)
+    weights = (1 / abar(batch["t"])).clamp(max=8)  # a velocity that is off by 0.5 / sqrt(abar)
+    assert value.item() == pytest.approx(0.25 * weights.mean().item(), rel=1e-5)
     assert torch.equal(seen[0], batch["states"]) and batch["t"].unique().numel() > 40
     assert batch["t"].min() >= 0 and batch["t"].max() <= 999
 
 
 def test_the_network_that_the_recipe_builds_fits_its_parts(pool):
     unet = MAIN.model(pool)
-    assert 2e6 < sum(p.numel() for p in unet.parameters()) < 6e6
+    assert 1e6 < sum(p.numel() for p in unet.parameters()) < 3e6
     pipe = recipe.assemble(pool.clip, pool.vae, unet)
     drawn = pipe("a red house", steps=2, guidance_scale=2.0, seed=0, truncate=True)
     assert drawn.shape == (1, 3, 64, 64)
