@@ -8,7 +8,7 @@ Letters: B pictures, S calls of the U-Net, h heads, H×W places, M rows that can
 of a text, or of a picture), K their width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -592,6 +592,7 @@ def attention_words(
 
 SMALL_WIDTHS = (32, 64)
 TELLINGS = ("a row of states", "the end's state")
+Telling = Callable[[list[str]], Tensor]  # texts to what a network looks at, (B, M, K)
 SMALL_STEPS, SCENES = 1200, 5000
 EACH = 250  # prompts with one thing, and with two
 
@@ -621,13 +622,21 @@ def tell(words: Words, telling: str) -> Tensor:
     return words.states[torch.arange(len(end)), end][:, None]
 
 
-def train_both(
-    latents: recipe.Latents, steps: int, stop: int | None = None
+def train_side_by_side(
+    latents: recipe.Latents,
+    tellings: Mapping[str, Telling],
+    loss: Callable[[UNet, dict[str, Tensor]], Tensor],
+    stream: str,
+    steps: int,
+    stop: int | None = None,
 ) -> tuple[dict[str, UNet], dict[str, list[float]]]:
-    """Train a small U-Net for each telling, side by side on the same batches and noise: L_simple.
+    """Train a small U-Net for each telling, on the same batches, captions and noise.
 
     Args:
         latents: What to train on.
+        tellings: What each network is told of captions.
+        loss: Of a network on a batch of ``noised`` with ``states``.
+        stream: Name of the stream of chance.
         steps: Of the plan.
         stop: Break off after so many of them.
 
@@ -635,7 +644,7 @@ def train_both(
         Moving averages of the networks, and the loss of every step.
     """
     plan = small_recipe(steps)
-    models = {telling: small_unet(latents).train() for telling in TELLINGS}
+    models = {telling: small_unet(latents).train() for telling in tellings}
     averages = {name: Average(model, plan.ema) for name, model in models.items()}
     dtype = PRECISIONS[fast_precision()] or torch.float32
     optimisers = {
@@ -643,28 +652,43 @@ def train_both(
         for name, m in models.items()
     }
     losses: dict[str, list[float]] = {name: [] for name in models}
-    schedule = Schedule.scaled_linear()
     for step in range(steps if stop is None else stop):
-        g = generator(plan.seed, "sequence or pooled", step)
+        g = generator(plan.seed, stream, step)
         indices = step * plan.batch_size + torch.arange(plan.batch_size)
         found = latents.take(latents.places(indices))
-        words = latents.clip.read(latents.captions(found, g, recipe.NO_CAPTION))
+        said = latents.captions(found, g, recipe.NO_CAPTION)
         batch = recipe.noised(latents.draw(found, g), g)
-        x_t = schedule.add_noise(batch["x0"], batch["noise"], batch["t"])
-        for name, model in models.items():
-            for group in optimisers[name].param_groups:
+        for telling, model in models.items():
+            for group in optimisers[telling].param_groups:
                 group["lr"] = learning_rate(plan, step)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-                loss = simple_loss(
-                    model(x_t, batch["t"], tell(words, name)).float(), batch["noise"]
-                )
-            loss.backward()
+                error = loss(model, batch | {"states": tellings[telling](said)})
+            error.backward()
             nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
-            optimisers[name].step()
-            optimisers[name].zero_grad(set_to_none=True)
-            averages[name].update(model, step)
-            losses[name].append(loss.item())
-    return {name: average.model.eval() for name, average in averages.items()}, losses
+            optimisers[telling].step()
+            optimisers[telling].zero_grad(set_to_none=True)
+            averages[telling].update(model, step)
+            losses[telling].append(error.item())
+    return {telling: average.model.eval() for telling, average in averages.items()}, losses
+
+
+def plain_loss(model: UNet, batch: dict[str, Tensor]) -> Tensor:
+    """L_simple on Stable Diffusion's schedule."""
+    x_t = Schedule.scaled_linear().add_noise(batch["x0"], batch["noise"], batch["t"])
+    return simple_loss(model(x_t, batch["t"], batch["states"]).float(), batch["noise"])
+
+
+def by_states(clip: FrozenCLIP) -> dict[str, Telling]:
+    """Of each of ``TELLINGS``, what it tells of texts that this CLIP has read."""
+    return {name: lambda texts, name=name: tell(clip.read(texts), name) for name in TELLINGS}
+
+
+def train_both(
+    latents: recipe.Latents, steps: int, stop: int | None = None
+) -> tuple[dict[str, UNet], dict[str, list[float]]]:
+    """Chapter 12's two: one is told all states, one the end's alone; L_simple."""
+    tellings = by_states(latents.clip)
+    return train_side_by_side(latents, tellings, plain_loss, "sequence or pooled", steps, stop)
 
 
 def asked_for(things: int, each: int = EACH) -> list[Prompt]:
@@ -683,6 +707,75 @@ def apart(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     return {"value": value, "low": float(low), "high": float(high)}
 
 
+def compared(
+    models: Mapping[str, UNet],
+    tellings: Mapping[str, Telling],
+    latents: recipe.Latents,
+    each: int,
+    draw_steps: int,
+) -> dict[str, Any]:
+    """What the judge reads in pictures that two networks draw of the same prompts.
+
+    Returns:
+        ``things``: by their number, for each network and for a stranger's picture ``facts``,
+        ``everything said`` and ``marks``, and what the first gains; ``gain grows with things``;
+        ``readings`` of a few.
+    """
+    judge, found = Judge.from_pretrained(), {}
+    a, b = tellings
+    gains: dict[int, list[float]] = {}
+    readings = []
+    for things in (1, 2):
+        asked = asked_for(things, each)
+        texts = [p.text for p in asked]
+        shares, wholes, seen, row = {}, {}, {}, {}
+        for telling, unet in models.items():
+            pipe = recipe.assemble(latents.clip, latents.vae, unet)
+            given, nothing = tellings[telling](texts), tellings[telling]([""])[0]
+            drawn = draw(pipe, given, range(len(asked)), null=nothing, steps=draw_steps)
+            seen[telling] = judge.read(drawn)
+        others = seen[a][1:] + seen[a][:1]
+        for name, read in {**seen, "the picture of another prompt": others}.items():
+            shares[name], wholes[name] = shares_right(asked, read), right(asked, read)
+            row[name] = {
+                "facts": mean(shares[name]),
+                "everything said": interval(sum(wholes[name]), len(asked)),
+                "marks": marks(asked, read),
+            }
+        gains[things] = [x - y for x, y in zip(shares[a], shares[b], strict=True)]
+        found[str(things)] = row | {
+            "prompts": len(asked),
+            "gain in facts": mean(gains[things]),
+            "gain in whole prompts": difference(wholes[a], wholes[b]),
+        }
+        readings += [
+            [p.text, *("no scene" if f is None else write(f) for f in (seen[a][i], seen[b][i]))]
+            for i, p in enumerate(asked[:4])
+        ]
+    return {
+        "things": found,
+        "gain grows with things": apart(gains[2], gains[1]),
+        "readings": readings,
+    }
+
+
+def plan_of(
+    models: Mapping[str, UNet], losses: Mapping[str, list[float]], steps: int, scenes: int
+) -> dict[str, Any]:
+    """How two small networks were trained, for the stored result."""
+    return {
+        "seeds": [0],
+        "steps": steps,
+        "pictures": steps * small_recipe(steps).batch_size,
+        "scenes": scenes,
+        "widths": list(SMALL_WIDTHS),
+        "parameters": sum(p.numel() for p in next(iter(models.values())).parameters()),
+        "precision": fast_precision(),
+        "first losses": {name: values[:3] for name, values in losses.items()},
+        "last losses": {name: sum(v[-50:]) / len(v[-50:]) for name, v in losses.items()},
+    }
+
+
 @measurement(
     "sequence-or-pooled",
     "Two small U-Nets on the same batches, one told by all states of the text, one by the end's"
@@ -697,51 +790,38 @@ def sequence_or_pooled(
     """Chapter 12's comparison; the text is read by CLIP as it came from its own training."""
     latents = recipe.Latents(clip=FrozenCLIP.open(), scenes=scenes)
     models, losses = train_both(latents, steps)
-    judge, clip, found = Judge.from_pretrained(), latents.clip, {}
-    null = clip.read([""])
-    gains: dict[int, list[float]] = {}
-    readings = []
-    for things in (1, 2):
-        asked = asked_for(things, each)
-        words, row = clip.read([p.text for p in asked]), {}
-        shares, wholes, seen = {}, {}, {}
-        for telling, unet in models.items():
-            pipe = recipe.assemble(clip, latents.vae, unet)
-            given, nothing = tell(words, telling), tell(null, telling)[0]
-            drawn = draw(pipe, given, range(len(asked)), null=nothing, steps=draw_steps)
-            seen[telling] = judge.read(drawn)
-        others = seen[TELLINGS[0]][1:] + seen[TELLINGS[0]][:1]
-        for name, read in {**seen, "the picture of another prompt": others}.items():
-            shares[name], wholes[name] = shares_right(asked, read), right(asked, read)
-            row[name] = {
-                "facts": mean(shares[name]),
-                "everything said": interval(sum(wholes[name]), len(asked)),
-                "marks": marks(asked, read),
-            }
-        a, b = TELLINGS
-        gains[things] = [x - y for x, y in zip(shares[a], shares[b], strict=True)]
-        found[str(things)] = row | {
-            "prompts": len(asked),
-            "gain in facts": mean(gains[things]),
-            "gain in whole prompts": difference(wholes[a], wholes[b]),
-        }
-        readings += [
-            [p.text, *("no scene" if f is None else write(f) for f in (seen[a][i], seen[b][i]))]
-            for i, p in enumerate(asked[:4])
-        ]
-    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    ends = {name: sum(values[-50:]) / len(values[-50:]) for name, values in losses.items()}
-    return {
-        "seeds": [0],
-        "steps": steps,
-        "pictures": steps * small_recipe(steps).batch_size,
-        "scenes": scenes,
-        "widths": list(SMALL_WIDTHS),
-        "parameters": sizes[TELLINGS[0]],
-        "precision": fast_precision(),
-        "first losses": {name: values[:3] for name, values in losses.items()},
-        "last losses": ends,
-        "things": found,
-        "gain grows with things": apart(gains[2], gains[1]),
-        "readings": readings,
+    found = compared(models, by_states(latents.clip), latents, each, draw_steps)
+    return plan_of(models, losses, steps, scenes) | found
+
+
+# --- readers-exchanged: two small networks that differ in who reads for them ----------------------
+
+READERS = ("taught on", "CLIP's own")
+READ_STEPS, READ_SCENES, READ_EACH = 800, 20_000, 100
+
+
+@measurement(
+    "readers-exchanged",
+    "Two small U-Nets on the same batches, one told by CLIP's own text tower, one by the tower that"
+    " was taught on: what the judge reads in their pictures of prompts with one thing and with two,"
+    " 95 % intervals over prompts; one training each",
+    minutes=17,
+    needs=("autoencoder", "clip", "text-encoder", "judge"),
+)
+def readers_exchanged(
+    steps: int = READ_STEPS,
+    each: int = READ_EACH,
+    scenes: int = READ_SCENES,
+    draw_steps: int = STEPS,
+) -> dict[str, Any]:
+    """Chapter 13's comparison: the reader exchanged and nothing else; the recipe's own loss."""
+    latents = recipe.Latents(clip=FrozenCLIP.open(), scenes=scenes)
+    clips = dict(zip(READERS, (recipe.reader(), latents.clip), strict=True))
+    tellings = {
+        name: lambda texts, clip=clip: clip.read(texts).states for name, clip in clips.items()
     }
+    models, losses = train_side_by_side(
+        latents, tellings, lambda m, b: recipe.loss(m, b, None)[0], "readers exchanged", steps
+    )
+    found = compared(models, tellings, latents, each, draw_steps)
+    return plan_of(models, losses, steps, scenes) | found

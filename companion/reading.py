@@ -39,6 +39,7 @@ from companion.recipes.decoder import legible
 from companion.recipes.encoded import SIZE, again
 from companion.recipes.priors import Probe
 from companion.scores import frechet, interval, mean_interval
+from companion.stable_diffusion import StableDiffusion
 from companion.storybook import POSITIONS, Facts, Scene, render, write
 from companion.tokenizer import Tokenizer
 

@@ -36,6 +36,7 @@ from companion.asking import (
     tell,
     third,
     train_both,
+    train_side_by_side,
     without,
 )
 from companion.measure import measurements
@@ -397,6 +398,26 @@ def test_sequence_or_pooled_measures_what_it_says():
     for row in found["things"].values():
         assert set(TELLINGS) < set(row) and row["prompts"] == 3
     assert len(found["readings"]) == 6 and found["pictures"] == 128
+
+
+@pytest.mark.slow
+def test_readers_are_exchanged_and_nothing_else(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        asking, "train_side_by_side", lambda *a: (seen.append(a), train_side_by_side(*a))[1]
+    )
+    found = asking.readers_exchanged(steps=2, each=3, scenes=64, draw_steps=2)
+    json.dumps(found)
+    assert set(found["things"]) == {"1", "2"} and set(asking.READERS) < set(found["things"]["1"])
+    latents, tellings, loss, *_ = seen[0]
+    taught, own = (tellings[name](["a red house"]) for name in asking.READERS)
+    assert torch.equal(own, FrozenCLIP.open().read(["a red house"]).states)
+    assert torch.equal(taught, recipe.reader().read(["a red house"]).states)
+    assert not torch.allclose(own, taught, atol=1e-2)
+    batch = recipe.noised(torch.randn(2, 4, 8, 8), gen := torch.Generator().manual_seed(1))
+    batch["states"] = torch.randn(2, 3, 128, generator=gen)
+    unet = asking.small_unet(latents)
+    assert loss(unet, batch) == recipe.loss(unet, batch, None)[0]
 
 
 def test_a_difference_of_means_of_different_things():
