@@ -20,14 +20,12 @@ from torch.nn import functional as F
 
 from companion import data, errors
 from companion.attention import watch
-from companion.diffusion import simple_loss
 from companion.judge import Judge
 from companion.measure import mean, measurement
 from companion.muon import Muon
 from companion.prompts import Prompt, marks, prompts, right, shares_right
 from companion.recipes import stable_diffusion as recipe
 from companion.recipes.encoded import FrozenCLIP
-from companion.schedule import Schedule
 from companion.scores import difference, interval
 from companion.stable_diffusion import StableDiffusion
 from companion.storybook import (
@@ -427,22 +425,18 @@ def on_the_thing(
         return mean(shares / mask.mean((1, 2)))
 
     sizes = sorted({size for size, _ in looks[times[0]].sizes().values()})
+
+    def by_size(mask: Tensor) -> dict[str, dict[str, dict[str, float]]]:
+        shown = {s: [x.mean(s) for x in looks.values()] for s in sizes}
+        return {word: {str(s): over(word, mask, shown[s]) for s in sizes} for word in rows}
+
     return {
         "area of the thing": mean(area),
         "by noise": {
             word: {str(t): over(word, truth, [looks[t].mean()]) for t in times} for word in rows
         },
-        "by size": {
-            word: {str(s): over(word, truth, [x.mean(s) for x in looks.values()]) for s in sizes}
-            for word in rows
-        },
-        "another scene's mask": {
-            word: {
-                str(s): over(word, truth[elsewhere], [x.mean(s) for x in looks.values()])
-                for s in sizes
-            }
-            for word in rows
-        },
+        "by size": by_size(truth),
+        "another scene's mask": by_size(truth[elsewhere]),
     }
 
 
@@ -625,20 +619,20 @@ def tell(words: Words, telling: str) -> Tensor:
 def train_side_by_side(
     latents: recipe.Latents,
     tellings: Mapping[str, Telling],
-    loss: Callable[[UNet, dict[str, Tensor]], Tensor],
     stream: str,
     steps: int,
     stop: int | None = None,
+    most: float = recipe.MOST,
 ) -> tuple[dict[str, UNet], dict[str, list[float]]]:
     """Train a small U-Net for each telling, on the same batches, captions and noise.
 
     Args:
         latents: What to train on.
         tellings: What each network is told of captions.
-        loss: Of a network on a batch of ``noised`` with ``states``.
         stream: Name of the stream of chance.
         steps: Of the plan.
         stop: Break off after so many of them.
+        most: As of the recipe's loss; 1 for L_simple.
 
     Returns:
         Moving averages of the networks, and the loss of every step.
@@ -662,7 +656,8 @@ def train_side_by_side(
             for group in optimisers[telling].param_groups:
                 group["lr"] = learning_rate(plan, step)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-                error = loss(model, batch | {"states": tellings[telling](said)})
+                told = batch | {"states": tellings[telling](said)}
+                error, _ = recipe.loss(model, told, latents, most)
             error.backward()
             nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
             optimisers[telling].step()
@@ -670,12 +665,6 @@ def train_side_by_side(
             averages[telling].update(model, step)
             losses[telling].append(error.item())
     return {telling: average.model.eval() for telling, average in averages.items()}, losses
-
-
-def plain_loss(model: UNet, batch: dict[str, Tensor]) -> Tensor:
-    """L_simple on Stable Diffusion's schedule."""
-    x_t = Schedule.scaled_linear().add_noise(batch["x0"], batch["noise"], batch["t"])
-    return simple_loss(model(x_t, batch["t"], batch["states"]).float(), batch["noise"])
 
 
 def by_states(clip: FrozenCLIP) -> dict[str, Telling]:
@@ -688,7 +677,7 @@ def train_both(
 ) -> tuple[dict[str, UNet], dict[str, list[float]]]:
     """Chapter 12's two: one is told all states, one the end's alone; L_simple."""
     tellings = by_states(latents.clip)
-    return train_side_by_side(latents, tellings, plain_loss, "sequence or pooled", steps, stop)
+    return train_side_by_side(latents, tellings, "sequence or pooled", steps, stop, most=1.0)
 
 
 def asked_for(things: int, each: int = EACH) -> list[Prompt]:
@@ -820,8 +809,6 @@ def readers_exchanged(
     tellings = {
         name: lambda texts, clip=clip: clip.read(texts).states for name, clip in clips.items()
     }
-    models, losses = train_side_by_side(
-        latents, tellings, lambda m, b: recipe.loss(m, b, None)[0], "readers exchanged", steps
-    )
+    models, losses = train_side_by_side(latents, tellings, "readers exchanged", steps)
     found = compared(models, tellings, latents, each, draw_steps)
     return plan_of(models, losses, steps, scenes) | found

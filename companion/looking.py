@@ -149,10 +149,6 @@ class Machine(ABC):
             found.append(self.show(x))
         return torch.cat(found)
 
-    def reader(self) -> FrozenCLIP:
-        """Who reads its prompts: CLIP, as it came from its own training."""
-        return FrozenCLIP.open()
-
     def say(self, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Pictures of texts, every die thrown with the same seed."""
         return self.draw(self.tell(texts, seeds), seeds)
@@ -235,6 +231,10 @@ class Decoding(Pixels):
             )  # fmt: skip
             found.append((place, *words))
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    def reader(self) -> FrozenCLIP:
+        """CLIP, as it came from its own training."""
+        return FrozenCLIP.open()
 
     def guided(self, given: Given) -> samplers.Denoiser:
         place, *words = given
@@ -802,14 +802,14 @@ def chosen(clip: FrozenCLIP, n: int = CHOSEN) -> dict[str, dict[str, float]]:
     " often it draws the one for the other; left and right told by words, by fainter ones, and by"
     " pictures; which wrong captions either reader takes for the right one. 95 % intervals",
     minutes=2,
-    needs=(*NEEDS, "clip"),
+    needs=NEEDS,
 )
 def said_and_seen(
     n: int = CAPTIONED,
     frames: int = FRAMES,
     sides: int = SIDES,
     choices: int = CHOSEN,
-    machines: Mapping[str, Machine] | None = None,
+    machines: Mapping[str, Latents | Decoding] | None = None,
 ) -> dict[str, Any]:
     """Chapter 16's distances, mistakes and causes; ``side_told`` is Stable Diffusion's alone."""
     judge, machines = Judge.from_pretrained(), opened(machines)

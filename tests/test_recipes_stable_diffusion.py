@@ -101,6 +101,8 @@ def test_a_step_predicts_the_noise_on_stable_diffusions_schedule(pool):
     value, _ = MAIN.loss(model, batch, None)
     weights = (1 / abar(batch["t"])).clamp(max=8)  # a velocity that is off by 0.5 / sqrt(abar)
     assert value.item() == pytest.approx(0.25 * weights.mean().item(), rel=1e-5)
+    simple, _ = MAIN.loss(model, batch, None, 1.0)
+    assert simple.item() == pytest.approx(0.25, abs=1e-6)
     assert torch.equal(seen[0], batch["states"]) and batch["t"].unique().numel() > 40
     assert batch["t"].min() >= 0 and batch["t"].max() <= 999
 

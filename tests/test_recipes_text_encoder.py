@@ -61,8 +61,8 @@ def test_a_batch_has_pictures_where_clip_puts_them_and_captions_whole_and_damage
 def test_the_loss_is_clips_and_the_writers(pairs, batch):
     torch.manual_seed(3)
     model = MAIN.model(pairs).double()
-    for x in (model.reader.text_model.final_layer_norm.weight,):  # no longer CLIP's own tower
-        torch.nn.init.normal_(x, std=0.5)
+    # no longer CLIP's own tower
+    torch.nn.init.normal_(model.reader.text_model.final_layer_norm.weight, std=0.5)
     clip = pairs.clip.clip
     b = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
     clip.double()
@@ -128,7 +128,13 @@ def test_the_score_is_clips_own_and_what_is_written_back(pairs, monkeypatch):
         return {"zero-shot sky": 1.0}
 
     monkeypatch.setattr(recipe, "exam", exam)
-    monkeypatch.setattr(recipe, "written_back", lambda model, tokenizer, texts: len(texts) // 2)
+
+    def written_back(model, tokenizer, texts, which=""):
+        assert len(texts) == 1000
+        assert any(is_held_out(parse(text)) for text in texts) == ("held-out" in which)
+        return {f"captions written back whole{which}": {"value": 0.5}}
+
+    monkeypatch.setattr(recipe, "written_back", written_back)
     model = MAIN.model(pairs)
     found = MAIN.score(model, pairs)
     assert asked["tower"] is model.reader.text_model

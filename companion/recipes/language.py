@@ -60,10 +60,13 @@ class Captions:
 
     def apart(self, n: int, *, held_out: bool = False) -> list[str]:
         """At most ``n`` captions that are not trained on."""
-        if self.texts is not None:
-            return self.kept[:n]
-        g = torch.Generator().manual_seed(FRESH)
-        return [spoken(scene, g)[1] for scene in sample(n, g, held_out=held_out)]
+        return fresh(n, held_out=held_out) if self.texts is None else self.kept[:n]
+
+
+def fresh(n: int, *, held_out: bool = False) -> list[str]:
+    """``n`` captions of Storybook scenes, which no training draws."""
+    g = torch.Generator().manual_seed(FRESH)
+    return [spoken(scene, g)[1] for scene in sample(n, g, held_out=held_out)]
 
 
 class Rewriter(nn.Module):
@@ -184,29 +187,35 @@ def score(model: Rewriter, captions: Captions) -> dict[str, object]:
 
     Whoever cannot tell "left" from "right" in the states fails here.
     """
-    sets = {"": captions.apart(1000)}
+    found = written_back(model, captions.tokenizer, captions.apart(1000))
     if captions.texts is None:
-        sets[", held-out combinations"] = captions.apart(1000, held_out=True)
-    return {
-        f"captions written back whole{name}": interval(
-            written_back(model, captions.tokenizer, texts), len(texts)
-        )
-        for name, texts in sets.items()
-    }
+        texts = captions.apart(1000, held_out=True)
+        found |= written_back(model, captions.tokenizer, texts, ", held-out combinations")
+    return found
 
 
 @torch.no_grad()
-def written_back(model: Rewriter, tokenizer: Tokenizer, texts: list[str]) -> int:
-    """How many captions are written back whole from the states of the undamaged caption."""
+def written_back(
+    model: Rewriter, tokenizer: Tokenizer, texts: list[str], which: str = ""
+) -> dict[str, object]:
+    """How many captions are written back whole from the states of the undamaged caption.
+
+    Args:
+        model: Reader and writer.
+        tokenizer: Theirs.
+        texts: The captions.
+        which: What the name of the mark says of them.
+    """
     tokens, whole = tokenizer(texts, truncate=True), 0
     for ids, mask in zip(tokens.ids.split(100), tokens.mask.split(100), strict=True):
         said = model(ids, mask, ids[:, :-1]).argmax(-1)
         whole += int(((said == ids[:, 1:]) | ~mask[:, 1:].bool()).all(1).sum())
-    return whole
+    return {f"captions written back whole{which}": interval(whole, len(texts))}
 
 
 def usual(name: str, about: str, **numbers: object) -> Recipe:
-    """A recipe with what all three of Imagen's networks are trained with, unless told otherwise."""
+    """A recipe with what Imagen's networks are trained with, and Stable Diffusion's reader, unless
+    told otherwise."""
     shared: Mapping[str, object] = {
         "warmup": 200,
         "decay": "late",

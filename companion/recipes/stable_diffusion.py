@@ -146,12 +146,14 @@ def noised(x0: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def loss(model: UNet, batch: dict[str, Tensor], latents: object) -> tuple[Tensor, dict]:
+def loss(
+    model: UNet, batch: dict[str, Tensor], latents: object, most: float = MOST
+) -> tuple[Tensor, dict]:
     """Squared error of the noise on Stable Diffusion's schedule, weighed by its level.
 
     What stands where is settled while x_t is nearly all noise, and there L_simple hardly counts a
     wrong guess of the picture. So an error counts as the velocity's would: 1 / abar times as much
-    (Salimans and Ho 2022, section 4), but at most ``MOST`` times.
+    (Salimans and Ho 2022, section 4), but at most ``most`` times; with 1 this is L_simple.
     """
     schedule = Schedule.scaled_linear()
     x_t = schedule.add_noise(batch["x0"], batch["noise"], batch["t"])
@@ -159,7 +161,7 @@ def loss(model: UNet, batch: dict[str, Tensor], latents: object) -> tuple[Tensor
     as_velocity, as_noise = (
         diffusion.x0_weight(batch["t"], schedule, target) for target in ("v_prediction", "epsilon")
     )
-    weight = (as_velocity / as_noise).clamp(max=MOST)
+    weight = (as_velocity / as_noise).clamp(max=most)
     return diffusion.simple_loss(answer.float(), batch["noise"], weight), {}
 
 
@@ -240,7 +242,7 @@ RECIPES = (
         batch_size=64,
         chunk=64,
         learning_rate=2e-3,
-        minutes=45,
+        minutes=60,
         warmup=200,
         decay="late",
         optimiser="muon",
