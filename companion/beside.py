@@ -71,7 +71,7 @@ MADE = {
     "DALL·E 2": Made(
         DALLE2,
         ("prior", "decoder", "upsampler-64"),
-        ("clip",),
+        ("clip", "text-encoder"),
         lambda: examination.dalle2(),
         lambda pipe: examination.dalle2_draws(pipe),
     ),
@@ -84,8 +84,8 @@ MADE = {
     ),
     "Stable Diffusion": Made(
         StableDiffusion,
-        ("text-encoder", "autoencoder", "stable-diffusion"),
-        ("clip",),
+        ("autoencoder", "stable-diffusion"),
+        ("clip", "text-encoder"),
         lambda: examination.stable_diffusion(),
         lambda pipe: examination.stable_diffusion_draws(pipe),
     ),

@@ -36,7 +36,7 @@ from companion.unclip import UnCLIP, Walk
 
 STEPS = 25
 SCALE = 3.0  # of the decoder's guidance, where the noise is any; with a picture's own it is 1
-NEEDS = ("clip", "decoder", "decoder/text_proj", "judge")
+NEEDS = ("clip", "text-encoder", "decoder", "decoder/text_proj", "judge")
 PART = 50  # pictures at a time
 
 # Of each measurement: how many pictures, and the seed of their scenes, which no training draws.

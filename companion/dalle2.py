@@ -17,7 +17,14 @@ from torch import Tensor
 
 from companion import checkpoints, errors, samplers
 from companion.adm import ADMUNet
-from companion.clip import CLIP, CLIPTextProjected, CLIPVisionProjected, halves
+from companion.clip import (
+    CLIP,
+    CLIPText,
+    CLIPTextProjected,
+    CLIPVisionProjected,
+    halves,
+    with_words,
+)
 from companion.manipulations import Manipulations
 from companion.pipeline import generators, prompts
 from companion.preparation import Preparation
@@ -62,7 +69,7 @@ class DALLE2(Manipulations):
 
     opens = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
     shipped = "dalle2"
-    made_of = ("clip", "prior", "decoder", "upsampler-64")
+    made_of = ("clip", "text-encoder", "prior", "decoder", "upsampler-64")
     parts = {
         "decoder": ADMUNet,
         "decoder_scheduler": Scheduler,
@@ -122,10 +129,13 @@ class DALLE2(Manipulations):
 
     @classmethod
     def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
-        clip, prior, decoder, first = (checkpoints.WEIGHTS / name for name in cls.made_of)
+        clip, words, prior, decoder, first = (checkpoints.WEIGHTS / name for name in cls.made_of)
         second = checkpoints.WEIGHTS / "upsampler-256"
         return own_parts(
-            CLIP.from_pretrained(clip, dtype=dtype),
+            with_words(
+                CLIP.from_pretrained(clip, dtype=dtype),
+                CLIPText.from_pretrained(words, dtype=dtype),
+            ),
             Tokenizer.from_pretrained(clip),
             Preparation.from_pretrained(clip),
             Prior.from_pretrained(prior, dtype=dtype),

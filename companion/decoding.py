@@ -21,7 +21,7 @@ from companion.measure import SEEDS, measurement, over_seeds
 from companion.prior import TextProjection
 from companion.prompts import Prompt, marks, prompts, right, swapped
 from companion.recipes.decoder import GUIDANCE, STEPS, Decoder, legible
-from companion.recipes.encoded import SIZE, SMALL, FrozenCLIP, shrunk
+from companion.recipes.encoded import SIZE, SMALL, FrozenCLIP, reader, shrunk
 from companion.samplers import Denoiser
 from companion.schedule import Schedule
 from companion.schedule import draw as noise_like
@@ -162,7 +162,7 @@ class Examined:
         self.asked = list(asked)
         self.model = (Decoder.from_pretrained() if model is None else model).eval()
         self.model.requires_grad_(False)
-        self.clip = FrozenCLIP.open() if clip is None else clip
+        self.clip = reader() if clip is None else clip
         pictures = render([p.scene for p in self.asked], SIZE)
         self.place, self.words = self.clip.see(pictures), self.clip.read([p.text for p in asked])
         self.true = shrunk(pictures)  # (n, 3, 16, 16) in [0, 1]
@@ -316,7 +316,7 @@ SCALES, COUNTS = (1.0, 2.0, 3.0, 5.0), (5, 10, 25)
     " only; by guidance; by variance and steps. Judged on the fixed prompts, one picture each, with"
     " 95 % intervals",
     minutes=15,
-    needs=("clip", "decoder", "decoder/text_proj", "judge", "judge-second"),
+    needs=("clip", "text-encoder", "decoder", "decoder/text_proj", "judge", "judge-second"),
 )
 def decoder(
     n: int = 400, few: int = 150, groups: int = 150, pairs: int | None = None, exact: int = 32

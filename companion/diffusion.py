@@ -135,6 +135,22 @@ def min_snr_weight(t: Time, schedule: Schedule, target: str, gamma: float = 5.0)
     return schedule.snr(t).clamp(max=gamma) / x0_weight(t, schedule, target)
 
 
+def noise_weight(t: Time, schedule: Schedule, most: float) -> torch.Tensor:
+    """Factor for the noise's squared error, by which the noisiest steps count more.
+
+    What stands where is settled while x_t is nearly all noise, and there the plain squared error of
+    the noise hardly counts a wrong guess of the picture. With this factor it counts as the
+    velocity's would, (SNR + 1) / SNR = 1 / abar times as much (2202.00512, section 4), but at most
+    ``most`` times; with 1 it is the plain error.
+
+    Returns:
+        float64, the shape of ``t``, in [1, most].
+    """
+    errors.number("most", most)
+    errors.expect(most >= 1, f"most is {most}; expected a number of at least 1.")
+    return (x0_weight(t, schedule, "v_prediction") / schedule.snr(t)).clamp(max=most)
+
+
 def simple_loss(
     output: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -238,6 +254,7 @@ def hybrid_loss(
     target: str = "epsilon",
     weight: float = 0.001,
     levels: int = 256,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """L_hybrid = L_simple + 0.001 L_vlb, Improved DDPM eq. 16.
 
@@ -254,9 +271,10 @@ def hybrid_loss(
         target: What ``output`` means.
         weight: The factor 0.001.
         levels: As for ``vlb_term``.
+        counts: (B,) what each picture's share of L_simple is multiplied by.
     """
     x_t = schedule.add_noise(x0, noise, t)
-    simple = simple_loss(output, target_for(x0, noise, t, schedule, target))
+    simple = simple_loss(output, target_for(x0, noise, t, schedule, target), counts)
     x0_hat = to_x0(output, x_t, t, schedule, target).detach()
     bound = len(schedule) * vlb_term(x0, x_t, t, schedule, x0_hat, fraction, levels).mean()
     return simple + weight * bound

@@ -20,7 +20,7 @@ from companion.judge import Judge
 from companion.measure import mean, measurement
 from companion.prompts import Prompt, marks, possibilities, prompts, right, shares_right
 from companion.recipes.decoder import Decoder, legible
-from companion.recipes.encoded import SIZE, FrozenCLIP, shrunk
+from companion.recipes.encoded import SIZE, FrozenCLIP, reader, shrunk
 from companion.recipes.noised import NoisedClassifier
 from companion.samplers import Denoiser
 from companion.scores import difference, frechet, interval
@@ -57,7 +57,7 @@ class Guided:
     def __init__(self, model: Decoder | None = None, clip: FrozenCLIP | None = None) -> None:
         self.model = (Decoder.from_pretrained() if model is None else model).eval()
         self.model.requires_grad_(False)
-        self.clip = FrozenCLIP.open() if clip is None else clip
+        self.clip = reader() if clip is None else clip
         self.schedule = SCHEDULE
 
     def told(self, texts: Sequence[str], entries: Collection[str] = WAYS["caption"]) -> Told:
@@ -317,7 +317,7 @@ def compare(asked: Requests, seen: Mapping[str, Mapping[str, Any]], first: str) 
     " faithfulness, what is left of the world's variety in what the caption leaves open, and"
     " Fréchet distance from true pictures, with 95 % intervals; the same noise at every scale",
     minutes=12,
-    needs=("clip", "decoder", "decoder/text_proj", "judge", "noised-classifier"),
+    needs=("clip", "text-encoder", "decoder", "decoder/text_proj", "judge", "noised-classifier"),
 )
 def guidance_bill(
     scales: Sequence[float] = SCALES,

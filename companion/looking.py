@@ -30,8 +30,7 @@ from companion.measure import mean, measurement
 from companion.pipeline import System
 from companion.prompts import possibilities, swapped
 from companion.recipes.decoder import legible
-from companion.recipes.encoded import FrozenCLIP
-from companion.recipes.stable_diffusion import reader as told_by
+from companion.recipes.encoded import FrozenCLIP, reader
 from companion.scheduler import Scheduler
 from companion.scores import difference, interval, mean_interval
 from companion.stable_diffusion import StableDiffusion
@@ -182,10 +181,6 @@ class Latents(Machine):
     def tell(self, texts: Sequence[str], seeds: Sequence[int]) -> Given:
         return (self.pipe.encode_prompts(list(texts), None, 1, 1.0, truncate=True)[0],)
 
-    def reader(self) -> FrozenCLIP:
-        """CLIP with the text tower that was taught on."""
-        return told_by()
-
     def guided(self, given: Given, scale: float = examination.SD_GUIDANCE) -> samplers.Denoiser:
         return self.pipe.guided(given[0], self.null.expand(len(given[0]), -1, -1), scale)
 
@@ -231,10 +226,6 @@ class Decoding(Pixels):
             )  # fmt: skip
             found.append((place, *words))
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-    def reader(self) -> FrozenCLIP:
-        """CLIP, as it came from its own training."""
-        return FrozenCLIP.open()
 
     def guided(self, given: Given) -> samplers.Denoiser:
         place, *words = given
@@ -631,6 +622,7 @@ def same(
 # --- said-and-seen: what the text encoder tells apart, and what the machine does ------------------
 
 CAPTIONED, CAPTIONS_SEED = 50, 1603
+READERS = ("taught on", "CLIP's own")  # the first is the machines'
 FRAMES = 30  # captions in which words are exchanged
 SIDES, CHOSEN, FAINTER = 12, 300, (0.5, 0.25, 0.125)
 PHRASES = {
@@ -798,9 +790,10 @@ def chosen(clip: FrozenCLIP, n: int = CHOSEN) -> dict[str, dict[str, float]]:
 
 @measurement(
     "said-and-seen",
-    "How far each machine's text states lie apart when one word is exchanged for another, and how"
-    " often it draws the one for the other; left and right told by words, by fainter ones, and by"
-    " pictures; which wrong captions either reader takes for the right one. 95 % intervals",
+    "How far the states of either text tower lie apart when one word is exchanged for another, and"
+    " how often each machine draws the one for the other; left and right told by words, by fainter"
+    " ones, and by pictures; which wrong captions either tower takes for the right one. 95 %"
+    " intervals",
     minutes=2,
     needs=NEEDS,
 )
@@ -813,11 +806,12 @@ def said_and_seen(
 ) -> dict[str, Any]:
     """Chapter 16's distances, mistakes and causes; ``side_told`` is Stable Diffusion's alone."""
     judge, machines = Judge.from_pretrained(), opened(machines)
-    readers = {name: machine.reader() for name, machine in machines.items()}
+    readers = dict(zip(READERS, (reader(), FrozenCLIP.open()), strict=True))
     scenes, seeds = alone(n), [*range(n)]
     facts = [scene.facts() for scene in scenes]
     asked = {w: [said(f, w) for f in facts] for w in FACTS}
-    apart = {name: told_apart(reader, scenes[:frames]) for name, reader in readers.items()}
+    apart = {name: told_apart(clip, scenes[:frames]) for name, clip in readers.items()}
+    pairs = apart[READERS[0]]
     rows, right = {}, {}
     for name, machine in machines.items():
         read = judge.read(machine.say([write(f) for f in facts], seeds))
@@ -826,7 +820,7 @@ def said_and_seen(
         rows[name] = {
             "right": {w: interval(sum(one), n) for w, one in right[name].items()},
             "taken for": {
-                w: {p: taken_for(asked[w], seen[w], *p.split(" / ")) for p in apart[name][w]}
+                w: {p: taken_for(asked[w], seen[w], *p.split(" / ")) for p in pairs[w]}
                 for w in FACTS
             },
         }
@@ -844,7 +838,7 @@ def said_and_seen(
         "between": between,
         "fainter": list(FAINTER),
         "side": side_told(latents[0], alone(sides, CAPTIONS_SEED + 1)) if latents else {},
-        "chosen": {name: chosen(reader, choices) for name, reader in readers.items()},
+        "chosen": {name: chosen(clip, choices) for name, clip in readers.items()},
     }
 
 

@@ -153,7 +153,7 @@ def best_of(drawn: Tensor, text: Tensor) -> Tensor:
     " that the decoder draws from each, with the caption and without it, from the same noise;"
     " nearness to the true place; cost; candidates, guidance and variety of the diffusion prior",
     minutes=20,
-    needs=("clip", "decoder", "decoder/text_proj", "judge", "prior", "prior-ar"),
+    needs=("clip", "text-encoder", "decoder", "decoder/text_proj", "judge", "prior", "prior-ar"),
 )
 def compare(
     n: int = PROMPTS,

@@ -309,6 +309,27 @@ def test_prior_term_is_a_divergence():
     assert diffusion.prior_term(x0, ZERO).abs().max() == 0
 
 
+def test_noise_weight_makes_noise_errors_velocity_errors_up_to_a_bound():
+    t = torch.arange(1000)
+    weight, abar = diffusion.noise_weight(t, COSINE, 8.0), COSINE.alphas_cumprod
+    close(weight, (1 / abar).clamp(max=8.0))
+    assert weight[0] < 1.001 and weight[-1] == 8.0
+    assert (diffusion.noise_weight(t, LINEAR, 1.0) == 1).all()
+    assert diffusion.noise_weight(999, ZERO, 8.0) == 8.0
+    with pytest.raises(ValueError, match="most is 0.5"):
+        diffusion.noise_weight(t, COSINE, 0.5)
+
+
+def test_hybrid_loss_counts_each_picture_as_often_as_it_is_told():
+    t, x0, noise = torch.tensor([0, 1, 500, 999]), rand(4, 5).clamp(-1, 1), rand(4, 5, seed=1)
+    output, fraction = rand(4, 5, seed=2), rand(4, 5, seed=3).clamp(-1, 1)
+    plain, counts = torch.ones(4), torch.tensor([1.0, 2.0, 3.0, 8.0])
+    args = output, fraction, x0, noise, t, COSINE
+    close(diffusion.hybrid_loss(*args, counts=plain), diffusion.hybrid_loss(*args))
+    more = diffusion.hybrid_loss(*args, counts=counts) - diffusion.hybrid_loss(*args)
+    close(more, ((counts - 1) * (output - noise).square().mean(1)).mean(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_hybrid_loss_trains_mean_and_variance_apart(dtype):
     t = torch.tensor([0, 1, 500, 999])

@@ -427,8 +427,8 @@ def test_the_measurements_run(machines, clip, monkeypatch):
     fainter = {f"words, the difference times {x}" for x in (0.5, 0.25, 0.125)}
     assert set(found["side"]) == {"words", "a picture"} | fainter
     assert set(found["between"]) == {"latents less decoder"}
-    for reader in two:
-        assert len(found["chosen"][reader]) == 5 and set(found["apart"][reader]) == set(FACTS)
+    for tower in ("CLIP's own", "taught on"):
+        assert len(found["chosen"][tower]) == 5 and set(found["apart"][tower]) == set(FACTS)
 
 
 def test_they_are_known_and_say_what_they_need():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from companion import checkpoints, data, prompts
 from companion.adm import ADMUNet
-from companion.clip import CLIP, MEAN, STD
+from companion.clip import CLIP, MEAN, STD, CLIPText
 from companion.preparation import scaled
 from companion.prior import Prior, TextProjection
 from companion.prior_ar import ARPrior
@@ -70,13 +70,14 @@ def batches(recipe: Recipe, source: object, steps: int) -> list[dict[str, Tensor
 
 
 def test_a_batch_holds_what_clip_makes_of_scene_and_caption(pool, weights, monkeypatch):
-    """Against CLIP's own forward, one picture and one caption at a time."""
+    """Against the towers' own forward, one picture and one caption at a time."""
     texts = []
     read = FrozenCLIP.read
     monkeypatch.setattr(FrozenCLIP, "read", lambda s, t: (texts.extend(t), read(s, t))[1])
     indices = torch.tensor([3, 70, 127])
     batch = pool.batch(indices, gen(), 0.0)
     clip = CLIP.from_pretrained(weights / "clip")
+    words = CLIPText.from_pretrained(weights / "text-encoder")  # another text tower, taught on
     tokenizer = Tokenizer.from_pretrained(weights / "clip")
     scenes = [pool.group(i // 64).about[i % 64] for i in indices.tolist()]
     for k, (scene, text) in enumerate(zip(scenes, texts, strict=True)):
@@ -85,7 +86,8 @@ def test_a_batch_holds_what_clip_makes_of_scene_and_caption(pool, weights, monke
         with torch.no_grad():
             place = clip.encode_image((picture - mean) / std)[0]
             ids = tokenizer([text]).ids
-            states, embedding = clip.text_model(ids).states[0], clip.encode_text(ids)[0]
+            said = words(ids)
+            states, embedding = said.states[0], clip.text_projection(said.pooled)[0]
         torch.testing.assert_close(batch["embedding"][k], place, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(batch["text"][k], embedding, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(batch["states"][k], states, rtol=1e-4, atol=1e-5)
@@ -293,10 +295,13 @@ def test_the_decoder_learns_noise_by_squares_and_variance_by_the_bound(pool):
     beta = 1 - now / before
     variance = (1 - before) / (1 - now) * beta
     kl = beta**2 / (2 * variance * (1 - beta) * (1 - now)) * 0.3**2 / math.log(2)
-    assert loss.item() == pytest.approx(0.3**2 + 0.001 * 1000 * kl.mean().item(), rel=1e-3)
+    counts = (1 / now).clamp(max=8)  # a wrong guess costs in noise what it costs in velocity
+    squares = 0.3**2 * counts.mean().item()
+    assert loss.item() == pytest.approx(squares + 0.001 * 1000 * kl.mean().item(), rel=1e-3)
     assert metrics["simple"].item() == pytest.approx(0.3**2, rel=1e-5)
     slope, fraction = torch.autograd.grad(loss, (off, oracle.fraction))
-    assert slope.item() == pytest.approx(2 * 0.3, rel=1e-4), "the bound does not move the noise"
+    pull = 2 * 0.3 * counts.mean().item()
+    assert slope.item() == pytest.approx(pull, rel=1e-4), "the bound does not move the noise"
     assert fraction.abs().max() > 0
     away = batch["no picture"]
     assert away.any() and (oracle.places[away] == 7).all()
@@ -305,7 +310,7 @@ def test_the_decoder_learns_noise_by_squares_and_variance_by_the_bound(pool):
 
 def test_the_decoder_is_small_and_karlos(pool):
     model = build(RECIPES["decoder"], pool)
-    assert 3.5e6 < sum(p.numel() for p in model.parameters()) < 5e6
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 2e6
     assert model.unet.published == "UNet2DConditionModel"
     looks = {n: m for n, m in model.unet.named_modules() if n.endswith("attentions.0")}
     assert len(looks) == 2 + 1 + 2 and not any(n.startswith("down_blocks.0") for n in looks)

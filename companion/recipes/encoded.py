@@ -73,6 +73,14 @@ class FrozenCLIP:
         return Words(self.clip.text_projection(pooled), states, tokens.mask)
 
 
+def reader() -> FrozenCLIP:
+    """The shipped CLIP with the text tower that was taught on (``text_encoder``).
+
+    Both systems that read through CLIP read with it: DALL·E 2 and Stable Diffusion.
+    """
+    return FrozenCLIP.open(words=checkpoints.WEIGHTS / "text-encoder")
+
+
 @dataclass(frozen=True)
 class Group:
     """Some pictures: what can be said of them, where CLIP puts them, and how they look small."""
@@ -161,7 +169,7 @@ class Encoded(Numbered):
 
     def __init__(self, folder: Path | None = None, scenes: int = SCENES) -> None:
         super().__init__(folder, scenes)
-        self.clip = FrozenCLIP.open()
+        self.clip = reader()
 
     def made(self, about: list[Scene] | list[str], pictures: Tensor) -> Group:
         """Where CLIP puts the pictures, and how they look small."""

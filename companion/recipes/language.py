@@ -214,8 +214,8 @@ def written_back(
 
 
 def usual(name: str, about: str, **numbers: object) -> Recipe:
-    """A recipe with what Imagen's networks are trained with, and Stable Diffusion's reader, unless
-    told otherwise."""
+    """A recipe with what Imagen's networks and ``text-encoder`` are trained with, unless told
+    otherwise."""
     shared: Mapping[str, object] = {
         "warmup": 200,
         "decay": "late",

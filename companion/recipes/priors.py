@@ -15,14 +15,14 @@ from companion.prior import Prior, PriorConfig
 from companion.prior_ar import ARPrior, ARPriorConfig, components_for
 from companion.prompts import marks, prompts
 from companion.recipes.clip import tellable
-from companion.recipes.encoded import GROUP, SIZE, Encoded, FrozenCLIP, again
+from companion.recipes.encoded import GROUP, SIZE, Encoded, again, reader
 from companion.schedule import Schedule
 from companion.scores import interval, mean_interval
 from companion.storybook import Scene, caption, render, sample
 from companion.train import Recipe
 from companion.unclip import Words
 
-HEADS, HEAD, LAYERS = 4, 48, 4  # C = 192
+HEADS, HEAD, LAYERS = 4, 24, 4  # C = 96
 DROPPED = 0.1  # share of captions that are left out (section 2.2)
 RANGE = 5.0  # a rescaled place is cut there while it is drawn, as Karlo does
 STEPS = 25
@@ -249,7 +249,7 @@ def score(by: Callable[..., Tensor], model: nn.Module, data: Encoded) -> dict[st
 @torch.no_grad()
 def look(by: Callable[..., Tensor], model: nn.Module, n: int = 8) -> Tensor:
     """Pairs: a picture, and which of 250 others lies nearest to what is drawn for its caption."""
-    clip, g = FrozenCLIP.open(), torch.Generator().manual_seed(FRESH)
+    clip, g = reader(), torch.Generator().manual_seed(FRESH)
     scenes = sample(n, g)
     words, null = clip.read([caption(s, generator=g) for s in scenes]), clip.read([""])
     others = render(sample(250, g), SIZE)
@@ -275,7 +275,7 @@ def _recipe(name: str, about: str, by: Callable[..., Tensor], **numbers: object)
         data=Encoded,
         sample=lambda model: look(by, model),
         score=draw_score,
-        needs=("clip",),
+        needs=("clip", "text-encoder"),
         batch_size=128,
         chunk=64,
         minutes=30,

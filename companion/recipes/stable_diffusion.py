@@ -17,7 +17,7 @@ from companion import checkpoints, data, diffusion
 from companion.autoencoder import Autoencoder, Posterior
 from companion.judge import Judge
 from companion.prompts import Prompt, marks, prompts
-from companion.recipes.encoded import SIZE, FrozenCLIP, Numbered
+from companion.recipes.encoded import SIZE, FrozenCLIP, Numbered, reader
 from companion.schedule import Schedule
 from companion.scores import frechet
 from companion.stable_diffusion import StableDiffusion, own_parts
@@ -40,11 +40,6 @@ class Folded:
     about: list[Scene] | list[str]
     mean: Tensor  # (G, 4, 8, 8)
     log_variance: Tensor
-
-
-def reader() -> FrozenCLIP:
-    """The shipped CLIP with the text tower that Stable Diffusion looks at."""
-    return FrozenCLIP.open(words=checkpoints.WEIGHTS / "text-encoder")
 
 
 class Latents(Numbered):
@@ -151,17 +146,12 @@ def loss(
 ) -> tuple[Tensor, dict]:
     """Squared error of the noise on Stable Diffusion's schedule, weighed by its level.
 
-    What stands where is settled while x_t is nearly all noise, and there L_simple hardly counts a
-    wrong guess of the picture. So an error counts as the velocity's would: 1 / abar times as much
-    (Salimans and Ho 2022, section 4), but at most ``most`` times; with 1 this is L_simple.
+    What stands where is settled while x_t is nearly all noise (``diffusion.noise_weight``).
     """
     schedule = Schedule.scaled_linear()
     x_t = schedule.add_noise(batch["x0"], batch["noise"], batch["t"])
     answer = model(x_t, batch["t"], batch["states"])
-    as_velocity, as_noise = (
-        diffusion.x0_weight(batch["t"], schedule, target) for target in ("v_prediction", "epsilon")
-    )
-    weight = (as_velocity / as_noise).clamp(max=most)
+    weight = diffusion.noise_weight(batch["t"], schedule, most)
     return diffusion.simple_loss(answer.float(), batch["noise"], weight), {}
 
 

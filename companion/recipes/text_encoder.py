@@ -1,7 +1,7 @@
-"""Stable Diffusion's reader: CLIP's text tower, taught on until its states keep the whole caption.
+"""CLIP's text tower, taught on until its states keep the whole caption: who reads for both systems.
 
 CLIP's loss asks a caption for one vector, and only for what tells its picture from the others of a
-batch. Its states, which Stable Diffusion looks at, need not keep more: in the shipped CLIP, "left"
+batch. Its states, which the U-Nets look at, need not keep more: in the shipped CLIP, "left"
 and "right" are nearly the same. So the text tower goes on learning, from two losses at once. The
 contrastive one stays, with everything else of CLIP locked: the picture tower (Zhai et al. 2022,
 locked-image tuning), both projections and the temperature. Beside it a writer must write the whole
@@ -79,9 +79,9 @@ def score(model: Rewriter, pairs: Locked) -> dict[str, object]:
 RECIPES = (
     language.usual(
         "text-encoder",
-        "Stable Diffusion's reader: the text tower of the shipped CLIP, trained on with a writer"
-        " beside the contrastive loss, so that its states keep the whole caption. The rest of CLIP"
-        " is locked. It never read of the held-out combinations.",
+        "The reader of DALL·E 2 and Stable Diffusion: the text tower of the shipped CLIP, trained"
+        " on with a writer beside the contrastive loss, so that its states keep the whole caption."
+        " The rest of CLIP is locked. It never read of the held-out combinations.",
         data=Locked,
         model=build,
         batch=lambda indices, generator, pairs: pairs.batch(indices, generator),
