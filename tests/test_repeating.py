@@ -33,10 +33,10 @@ def test_each_seed_is_a_run_of_its_own_and_the_shipped_one_is_not_repeated(shipp
 
 def test_a_run_that_is_there_is_taken(shipped):
     first = repeating.trained_again(LINE, (1, 2), shipped / "runs")
-    logs = shipped / "runs" / "line-2" / "log.jsonl"
-    before = logs.stat().st_mtime_ns
+    card = shipped / "runs" / "line-2" / "final" / "card.json"
+    before = card.stat().st_mtime_ns
     assert repeating.trained_again(LINE, (1, 2), shipped / "runs") == first
-    assert logs.stat().st_mtime_ns == before
+    assert card.stat().st_mtime_ns == before
 
 
 def test_a_number_is_read_with_and_without_its_interval():
