@@ -27,7 +27,7 @@ from companion.stable_diffusion import StableDiffusion
 from companion.storybook import Facts, render
 
 SIZE, TOGETHER, SEED = 64, 50, 0
-DALLE2_GUIDANCE, PRIOR_GUIDANCE, CANDIDATES = 5.0, 1.0, 2
+DALLE2_GUIDANCE, PRIOR_GUIDANCE, CANDIDATES = 3.0, 1.0, 2
 SD_SAMPLER = "dpmpp_2m"
 CEILINGS = 400  # prompts whose true pictures go through CLIP, upsampler or autoencoder
 OPEN, EACH = 16, 30  # prompts that leave things open, and pictures of each, for variety
