@@ -304,23 +304,25 @@ def single(seen: Facts | None, said: Facts, what: str) -> str | None:
 NAMED = tuple(f"a {KIND_NOUNS[kind][0]}" for kind in KINDS)  # prompts that leave all else open
 OPEN = ("sky", "place", "things", "colour", "position")
 SEEDS = 10
+ENOUGH = 5  # seeds, or prompts, that have pictures to compare; else nothing is said of them
 BLOCKS, BLENDED = (8, 2), 36  # places a side of whose noise the mean is exchanged; pictures
 
 
-def agreements(answers: Sequence[Sequence[object]]) -> dict[str, list[float]]:
+def agreements(answers: Sequence[Sequence[object]]) -> dict[str, list[float | None]]:
     """How often two pictures have the same answer, answers being (P, S), a None counting nowhere.
 
     Returns:
         By seed: "same seed", the share of pairs of prompts that agree with this seed; "other seed",
         the share that agree where the second picture has any other seed, which is chance. By
-        prompt: "same prompt", the share of pairs of seeds that agree.
+        prompt: "same prompt", the share of pairs of seeds that agree. None where no pair can be
+        compared.
     """
     prompts, seeds = range(len(answers)), range(len(answers[0]))
 
-    def agree(pairs: Sequence[tuple[int, int, int, int]]) -> float:
+    def agree(pairs: Sequence[tuple[int, int, int, int]]) -> float | None:
         both = [(answers[p][s], answers[q][r]) for p, s, q, r in pairs]
         told = [a == b for a, b in both if a is not None and b is not None]
-        return sum(told) / len(told) if told else 0.0
+        return sum(told) / len(told) if told else None
 
     others = [(p, q) for p in prompts for q in prompts if p != q]
     return {
@@ -447,9 +449,14 @@ def what_a_seed_fixes(
             cells["pictures"] = alike(pictures)
             row = rows[f"{name}: {thing}"] = {}
             for what, cell in cells.items():
-                gains = zip(cell["same seed"], cell["other seed"], strict=True)
-                row[what] = {key: mean(values) for key, values in cell.items()}
-                row[what]["more"] = mean([a - b for a, b in gains])
+                gains = [
+                    a - b
+                    for a, b in zip(cell["same seed"], cell["other seed"], strict=True)
+                    if a is not None and b is not None
+                ]
+                shares = {key: [x for x in values if x is not None] for key, values in cell.items()}
+                shares["more"] = gains
+                row[what] = {k: mean(x) if len(x) >= ENOUGH else {} for k, x in shares.items()}
             named = [answer(f, "kind", kind) for f, kind in zip(read, kinds, strict=True)]
             row["one thing of the kind named"] = interval(
                 sum(k is not None for k in named), len(named)

@@ -217,6 +217,8 @@ def test_agreement_is_what_counting_pairs_gives():
     pairs = ["ac", "ab", "aa", "ab", "aa", "ab", "aa", "bb", "ba", "bc"]
     assert found["other seed"][0] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
     assert found["same prompt"] == pytest.approx([1 / 3, 0, 1 / 3])
+    rare = agreements([["a", None, "a"], ["a", None, None]])  # with the middle seed: no pair at all
+    assert rare["same seed"] == [1, None, None] and rare["same prompt"] == [1, None]
 
 
 def test_answers_of_the_seed_alone_and_of_the_prompt_alone():
