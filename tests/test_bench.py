@@ -61,7 +61,7 @@ def test_pictures_are_drawn_whole_and_measured_by_the_clock(name, monkeypatch):
     bench.pictures.cache_clear()
     assert len(seconds) == 6 and min(seconds) >= 0.02
     assert megabytes == [] or max(megabytes) > 8  # 12 MB, where the system counts them
-    assert set(asked) == {("a red house by the sea at dusk", {"dalle2": 5.0}.get(name, 4.0))}
+    assert set(asked) == {("a red house by the sea at dusk", {"dalle2": 3.0}.get(name, 4.0))}
 
 
 # --- intervals -----------------------------------------------------------------------------------

@@ -174,6 +174,12 @@ def storybook(root: Path) -> DALLE2:
     made.super_res_last = made.super_res_first
     for name, part in OWN.items():
         getattr(made, name).save_pretrained(root / part)
-    for part in (whole, made.tokenizer, made.feature_extractor):
+    words = CLIPText(c)
+    words.text_model.load_state_dict(whole.text_model.state_dict())
+    words.save_pretrained(root / "text-encoder")
+    own = CLIP(whole.config)  # whose text tower was taught on since, and nothing else
+    own.load_state_dict(whole.state_dict() | {f"text_model.{k}": torch.randn_like(v) for k, v in
+                                              whole.text_model.state_dict().items()})  # fmt: skip
+    for part in (own, made.tokenizer, made.feature_extractor):
         part.save_pretrained(root / "clip")
     return made

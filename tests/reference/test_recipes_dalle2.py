@@ -159,7 +159,7 @@ def test_both_priors_are_of_equal_size(name):
     one = trained_numbers(Prior(PriorConfig(*shape)))
     for k in (17, 110):
         other = trained_numbers(ARPrior(ARPriorConfig(*shape, components=k)))
-        assert abs(other / one - 1) < 0.02, k
+        assert abs(other / one - 1) < 0.03, k
 
 
 def test_a_decoder_is_two_folders_for_stock(pool, trained, tmp_path):
