@@ -153,7 +153,12 @@ def _parser() -> argparse.ArgumentParser:
         help="50; for DALL·E 2 a number each for prior, decoder and upsampler: 25,25,7",
     )
     draw.add_argument("--sampler", metavar="NAME", help="ddim, euler, heun, dpmpp_2m or ddpm")
-    draw.add_argument("--guidance", type=float, metavar="S", help="how literally to take the words")
+    draw.add_argument(
+        "--guidance",
+        type=float,
+        metavar="S",
+        help="how literally to take the words (3 to 5 for the book's own, 7.5 or 8 for others)",
+    )
     draw.add_argument("--negative", metavar="TEXT", help="what to move away from")
     draw.add_argument("--height", type=int, metavar="PIXELS", help="default: the model's own")
     draw.add_argument("--width", type=int, metavar="PIXELS", help="likewise")
@@ -265,6 +270,10 @@ def _draw(chosen: argparse.Namespace) -> int:
     kind, root = _system(chosen.model)
     options = {"negative_prompt": chosen.negative, "sampler": chosen.sampler}
     options |= {"height": chosen.height, "width": chosen.width, "truncate": chosen.truncate}
+    if root == "storybook":
+        from companion.examination import SCALES
+
+        options |= SCALES.get(kind, {})
     if chosen.guidance is not None:
         options["guidance_scale"] = chosen.guidance
     own = kind.storybook() if root == "storybook" else None

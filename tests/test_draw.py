@@ -10,7 +10,7 @@ from PIL import Image
 from test_cli import refused
 
 from companion import __main__ as cli
-from companion import checkpoints, scheduler
+from companion import checkpoints, examination, scheduler
 from companion.dalle2 import DALLE2
 from companion.stable_diffusion import StableDiffusion
 
@@ -87,6 +87,18 @@ def test_the_books_own_go_by_their_names(capsys, monkeypatch, tmp_path):
     assert cli.main([*words, "dalle2", "--steps", "2,2,2,2"]) == 0
     assert "second upsampler: 100%" in capsys.readouterr().err, "the bar tells which stage runs"
     assert (tmp_path / "picture.png").is_file()
+
+
+def test_the_books_own_are_asked_as_in_their_examination(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
+    tiny.storybook(tmp_path / "weights")
+    words = ["draw", "house", "--device", "cpu", "--seed", "1", "--model", "dalle2", "--quiet"]
+    drawn = {}
+    for scale in ((), ("--guidance", "3"), ("--guidance", "8")):
+        assert cli.main([*words, "--steps", "2,2,2,2", *scale]) == 0
+        drawn[scale] = (tmp_path / "picture.png").read_bytes()
+    usual, three, eight = drawn.values()
+    assert usual == three != eight and examination.DALLE2_GUIDANCE == 3
 
 
 def test_a_folder_that_asks_for_pndm_says_what_draws(folder, tmp_path, caplog, capsys):
