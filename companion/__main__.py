@@ -271,9 +271,7 @@ def _draw(chosen: argparse.Namespace) -> int:
     options = {"negative_prompt": chosen.negative, "sampler": chosen.sampler}
     options |= {"height": chosen.height, "width": chosen.width, "truncate": chosen.truncate}
     if root == "storybook":
-        from companion.examination import SCALES
-
-        options |= SCALES.get(kind, {})
+        options |= kind.asked_with
     if chosen.guidance is not None:
         options["guidance_scale"] = chosen.guidance
     own = kind.storybook() if root == "storybook" else None

@@ -25,7 +25,7 @@ from companion.measure import mean, measurement
 from companion.muon import Muon
 from companion.prompts import Prompt, marks, prompts, right, shares_right
 from companion.recipes import stable_diffusion as recipe
-from companion.recipes.encoded import FrozenCLIP
+from companion.recipes.encoded import READERS, FrozenCLIP, reader
 from companion.scores import difference, interval
 from companion.stable_diffusion import StableDiffusion
 from companion.storybook import (
@@ -785,7 +785,6 @@ def sequence_or_pooled(
 
 # --- readers-exchanged: two small networks that differ in who reads for them ----------------------
 
-READERS = ("taught on", "CLIP's own")
 READ_STEPS, READ_SCENES, READ_EACH = 800, 20_000, 100
 
 
@@ -805,7 +804,7 @@ def readers_exchanged(
 ) -> dict[str, Any]:
     """Chapter 13's comparison: the reader exchanged and nothing else; the recipe's own loss."""
     latents = recipe.Latents(clip=FrozenCLIP.open(), scenes=scenes)
-    clips = dict(zip(READERS, (recipe.reader(), latents.clip), strict=True))
+    clips = dict(zip(READERS, (reader(), latents.clip), strict=True))
     tellings = {
         name: lambda texts, clip=clip: clip.read(texts).states for name, clip in clips.items()
     }

@@ -17,16 +17,9 @@ from torch import Tensor
 
 from companion import checkpoints, errors, samplers
 from companion.adm import ADMUNet
-from companion.clip import (
-    CLIP,
-    CLIPText,
-    CLIPTextProjected,
-    CLIPVisionProjected,
-    halves,
-    with_words,
-)
+from companion.clip import CLIP, CLIPTextProjected, CLIPVisionProjected, halves
 from companion.manipulations import Manipulations
-from companion.pipeline import generators, prompts
+from companion.pipeline import generators, own_clip, prompts
 from companion.preparation import Preparation
 from companion.prior import Prior, TextProjection
 from companion.schedule import Schedule
@@ -70,6 +63,7 @@ class DALLE2(Manipulations):
     opens = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
     shipped = "dalle2"
     made_of = ("clip", "text-encoder", "prior", "decoder", "upsampler-64")
+    asked_with = {"guidance_scale": 3.0, "prior_guidance_scale": 1.0}
     parts = {
         "decoder": ADMUNet,
         "decoder_scheduler": Scheduler,
@@ -132,12 +126,7 @@ class DALLE2(Manipulations):
         clip, words, prior, decoder, first = (checkpoints.WEIGHTS / name for name in cls.made_of)
         second = checkpoints.WEIGHTS / "upsampler-256"
         return own_parts(
-            with_words(
-                CLIP.from_pretrained(clip, dtype=dtype),
-                CLIPText.from_pretrained(words, dtype=dtype),
-            ),
-            Tokenizer.from_pretrained(clip),
-            Preparation.from_pretrained(clip),
+            *own_clip(clip, words, dtype),
             Prior.from_pretrained(prior, dtype=dtype),
             ADMUNet.from_pretrained(decoder, dtype=dtype),
             TextProjection.from_pretrained(decoder, "text_proj", dtype=dtype),

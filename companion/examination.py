@@ -27,12 +27,10 @@ from companion.stable_diffusion import StableDiffusion
 from companion.storybook import Facts, render
 
 SIZE, TOGETHER, SEED = 64, 50, 0
-DALLE2_GUIDANCE, PRIOR_GUIDANCE, CANDIDATES = 3.0, 1.0, 2
+DALLE2_GUIDANCE = DALLE2.asked_with["guidance_scale"]
+PRIOR_GUIDANCE = DALLE2.asked_with["prior_guidance_scale"]
+CANDIDATES = 2
 SD_SAMPLER = "dpmpp_2m"
-SCALES = {  # with which the book's own are asked; published ones want more
-    DALLE2: {"guidance_scale": DALLE2_GUIDANCE, "prior_guidance_scale": PRIOR_GUIDANCE},
-    StableDiffusion: {"guidance_scale": SD_GUIDANCE},
-}
 CEILINGS = 400  # prompts whose true pictures go through CLIP, upsampler or autoencoder
 OPEN, EACH = 16, 30  # prompts that leave things open, and pictures of each, for variety
 

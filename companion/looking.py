@@ -30,7 +30,7 @@ from companion.measure import mean, measurement
 from companion.pipeline import System
 from companion.prompts import possibilities, swapped
 from companion.recipes.decoder import legible
-from companion.recipes.encoded import FrozenCLIP, reader
+from companion.recipes.encoded import READERS, FrozenCLIP, reader
 from companion.scheduler import Scheduler
 from companion.scores import difference, interval, mean_interval
 from companion.stable_diffusion import StableDiffusion
@@ -629,7 +629,6 @@ def same(
 # --- said-and-seen: what the text encoder tells apart, and what the machine does ------------------
 
 CAPTIONED, CAPTIONS_SEED = 50, 1603
-READERS = ("taught on", "CLIP's own")  # the first is the machines'
 FRAMES = 30  # captions in which words are exchanged
 SIDES, CHOSEN, FAINTER = 12, 300, (0.5, 0.25, 0.125)
 PHRASES = {

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from companion import checkpoints, errors
 from companion.checkpoints import CheckpointError, read_json, write_json
+from companion.clip import CLIP, CLIPText, with_words
+from companion.preparation import Preparation
 from companion.pretrained import Pretrained, locate
 from companion.schedule import draw
 from companion.scheduler import Generators
@@ -23,12 +25,24 @@ from companion.tokenizer import Tokenizer
 log = logging.getLogger("companion")
 
 
+def own_clip(clip: Path, words: Path, dtype: torch.dtype) -> tuple[CLIP, Tokenizer, Preparation]:
+    """What the book's own systems read and see with: CLIP, its text tower taught on (``words``)."""
+    return (
+        with_words(
+            CLIP.from_pretrained(clip, dtype=dtype), CLIPText.from_pretrained(words, dtype=dtype)
+        ),
+        Tokenizer.from_pretrained(clip),
+        Preparation.from_pretrained(clip),
+    )
+
+
 class System:
     """Text in, pictures out; a folder of parts. Attributes are named as the subfolders are."""
 
     opens: ClassVar[tuple[str, ...]]  # the pipelines whose folders this class opens, first saved
     shipped: ClassVar[str] = ""  # what ``draw --model`` calls the book's own, trained on Storybook
     made_of: ClassVar[tuple[str, ...]] = ()  # the shipped weights that the book's own consists of
+    asked_with: ClassVar[dict[str, float]] = {}  # the scales with which the book's own is asked
     _assembled: ClassVar[Callable[[torch.dtype], dict[str, Any]]]  # its parts, opened
     parts: ClassVar[dict[str, type]]  # subfolder -> the class that opens it
     optional: ClassVar[tuple[str, ...]] = ()  # parts that not every pipeline has

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from companion import checkpoints, errors, guidance, samplers
 from companion.autoencoder import Autoencoder
-from companion.clip import CLIP, CLIPText, CLIPVisionProjected, halves, with_words
+from companion.clip import CLIP, CLIPText, CLIPVisionProjected, halves
 from companion.data import to_signed, to_unit
 from companion.diffusion import to_x0
-from companion.pipeline import System, generators, prompts
+from companion.pipeline import System, generators, own_clip, prompts
 from companion.preparation import Preparation
 from companion.schedule import Schedule, draw
 from companion.scheduler import Generators, Scheduler
@@ -54,6 +54,7 @@ class StableDiffusion(System):
     )
     shipped = "stable-diffusion"
     made_of = ("clip", "text-encoder", "autoencoder", "stable-diffusion")
+    asked_with = {"guidance_scale": 4.0}
     parts = {
         "feature_extractor": Preparation,
         "image_encoder": CLIPVisionProjected,
@@ -110,12 +111,7 @@ class StableDiffusion(System):
     def _assembled(cls, dtype: torch.dtype) -> dict[str, Any]:
         clip, words, vae, unet = (checkpoints.WEIGHTS / name for name in cls.made_of)
         return own_parts(
-            with_words(
-                CLIP.from_pretrained(clip, dtype=dtype),
-                CLIPText.from_pretrained(words, dtype=dtype),
-            ),
-            Tokenizer.from_pretrained(clip),
-            Preparation.from_pretrained(clip),
+            *own_clip(clip, words, dtype),
             Autoencoder.from_pretrained(vae, dtype=dtype),
             UNet.from_pretrained(unet, dtype=dtype),
         )

@@ -15,6 +15,7 @@ from companion.clip import (
     CLIPVisionConfig,
     CLIPVisionProjected,
     halves,
+    with_words,
 )
 from companion.dalle2 import DALLE2
 from companion.imagen import SCHEDULER, SUPER_RES_SCHEDULER, Imagen
@@ -177,9 +178,7 @@ def storybook(root: Path) -> DALLE2:
     words = CLIPText(c)
     words.text_model.load_state_dict(whole.text_model.state_dict())
     words.save_pretrained(root / "text-encoder")
-    own = CLIP(whole.config)  # whose text tower was taught on since, and nothing else
-    own.load_state_dict(whole.state_dict() | {f"text_model.{k}": torch.randn_like(v) for k, v in
-                                              whole.text_model.state_dict().items()})  # fmt: skip
+    own = with_words(whole, CLIPText(c))  # whose text tower was taught on since, and nothing else
     for part in (own, made.tokenizer, made.feature_extractor):
         part.save_pretrained(root / "clip")
     return made

@@ -18,7 +18,7 @@ from companion.judge import Judge
 from companion.preparation import scaled
 from companion.prior import Prior, TextProjection, TextProjectionConfig
 from companion.prompts import Prompt, marks, prompts
-from companion.recipes.encoded import SIZE, SMALL, Encoded, FrozenCLIP, reader, shrunk
+from companion.recipes.encoded import MOST, SIZE, SMALL, Encoded, FrozenCLIP, reader, shrunk
 from companion.schedule import Schedule
 from companion.scores import frechet
 from companion.storybook import Scene, caption, render, sample
@@ -28,7 +28,6 @@ from companion.unclip import Words
 WIDTHS = (24, 48, 72)  # at 16 x 16, 8 x 8 and 4 x 4; the last two look at the text
 HEADS = (18, 16, 18)  # their widths, four where 72 channels attend: stock counts twice from the top
 CONTEXT = 128  # K, the width of what it looks at
-MOST = 8.0  # weight of the noisiest steps, where that of the clearest is 1
 NO_PICTURE, NO_CAPTION = 0.1, 0.5  # shares left out in training (section 2.1)
 STEPS, GUIDANCE = 25, 3.0
 FRESH = 59  # the seed of scenes to look at, which no training draws from

@@ -20,6 +20,8 @@ from companion.unclip import Words
 
 SIZE, SMALL = 64, 16  # pixels that CLIP sees, and that the decoder draws
 SCENES = 40_000
+MOST = 8.0  # weight of the noisiest steps, where that of the clearest is 1 (``noise_weight``)
+READERS = ("taught on", "CLIP's own")  # two text towers; the first is the systems'
 GROUP = 64  # pictures that are drawn and read at once
 MEASURED = 4096  # pictures from which means, spreads and axes are taken
 

@@ -28,6 +28,7 @@ from companion.imagen import (
 from companion.judge import Judge
 from companion.preparation import scaled
 from companion.prompts import Prompt, marks, prompts
+from companion.recipes.decoder import HEADS, WIDTHS
 from companion.recipes.encoded import (
     GROUP,
     SCENES,
@@ -113,9 +114,8 @@ class Read(Numbered):
 
 
 def base(read: Read) -> ADMUNet:
-    """The decoder's layout, told by states and by their mean."""
-    heads = (18, 16, 18)  # four of 18 where 72 channels attend: stock counts twice from the top
-    return _unet(read, 3, (24, 48, 72), SMALL, projection=True, heads=heads)
+    """The decoder's layout and size, told by states and by their mean."""
+    return _unet(read, 3, WIDTHS, SMALL, projection=True, heads=HEADS)
 
 
 def upsampler(read: Read) -> ADMUNet:

@@ -17,7 +17,7 @@ from companion import checkpoints, data, diffusion
 from companion.autoencoder import Autoencoder, Posterior
 from companion.judge import Judge
 from companion.prompts import Prompt, marks, prompts
-from companion.recipes.encoded import SIZE, FrozenCLIP, Numbered, reader
+from companion.recipes.encoded import MOST, SIZE, FrozenCLIP, Numbered, reader
 from companion.schedule import Schedule
 from companion.scores import frechet
 from companion.stable_diffusion import StableDiffusion, own_parts
@@ -27,9 +27,8 @@ from companion.unet import UNet, UNetConfig
 
 WIDTHS = (48, 80)  # at 8 x 8 and at 4 x 4, both looking at the text
 SHOWN = 0.2  # share of the batches that are told by the pictures themselves
-MOST = 8.0  # weight of the noisiest steps, where that of the clearest is 1
 NO_CAPTION = 0.1  # share left out, for guidance (model card of Stable Diffusion 1.4)
-STEPS, GUIDANCE = 25, 4.0
+STEPS, GUIDANCE = 25, StableDiffusion.asked_with["guidance_scale"]
 FRESH = 83  # the seed of scenes to look at, which no training draws from
 
 
