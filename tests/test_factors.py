@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from companion import factors
+from companion import data, factors
 from companion.attention import PictureAttention
 from companion.autoencoder import Posterior
 from companion.factors import CodebookAutoencoder, Plan
 from companion.recipes import autoencoder as recipe
+from companion.storybook import Scene, render
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,62 @@ def test_bells_have_the_moments_of_what_they_are_fitted_to():
     torch.testing.assert_close(b, torch.corrcoef(z.flatten(1).T), rtol=0, atol=0.04)
     torch.testing.assert_close(whole.mean(0), z.mean(0), rtol=0, atol=0.6)
     torch.testing.assert_close(whole.std(0), z.std(0), rtol=0.03, atol=0)
+
+
+def test_squared_error_is_ten_times_the_mean_square_and_nothing_else():
+    g = torch.Generator().manual_seed(11)
+    x, y = torch.rand(2, 2, 3, 8, 8, generator=g)
+    value, parts = factors.squared(y, x)
+    assert value.item() == pytest.approx(10 * ((y - x) ** 2).mean().item())
+    assert set(parts) == set(recipe.distance(y, x)[1])
+
+
+def test_what_an_autoencoder_that_loses_only_specks_loses():
+    """It returns scenes without their specks, and off by 0.01 in one pixel elsewhere."""
+    scenes = [Scene("night", "sea", seed=k) for k in range(3)] + [Scene("noon", "desert")]
+    bare = data.to_signed(render(scenes, 64, specks=False))
+    off = (render(scenes, 64) - render(scenes, 64, specks=False)).abs().amax(1)
+    assert (off[:, 63, 0] == 0).all()
+
+    def loses(x):
+        y = bare[: len(x)].clone()
+        y[:, :, 63, 0] += 0.02  # of a range of two
+        return y
+
+    found = factors.by_specks(loses, scenes)
+    rest = 10 * math.log10(64 * 64 / 0.01**2)
+    assert found["psnr without specks"]["value"] == pytest.approx(rest, abs=0.05)
+    assert found["pixels of specks"] == pytest.approx((off > 0.02).float().mean().item())
+    squares = (render(scenes, 64) - render(scenes, 64, specks=False)).square().mean(1)
+    inside = squares[off > 0.02].sum().item()
+    whole = squares.sum().item() + 4 * 0.01**2
+    assert found["error in specks"] == pytest.approx(inside / whole, rel=1e-3)
+    assert found["psnr"]["value"] < rest - 30
+
+
+def test_teaching_on_leaves_the_original_and_ends_at_rest(pictures):
+    torch.manual_seed(0)
+    model = recipe.build(recipe.config((8, 8, 16, 16)))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    look = pictures.fresh(4)[0]
+    taught, curve = factors.taught_on(model, pictures, look, 40, factors.squared, looks=4)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert [point["pictures"] for point in curve] == [0, 160, 320, 480, 640]
+    first = recipe.psnr(recipe.round_trip(model, look), look).mean().item()
+    last = recipe.psnr(recipe.round_trip(taught, look), look).mean().item()
+    assert curve[0]["psnr"] == pytest.approx(first) and curve[-1]["psnr"] == pytest.approx(last)
+    assert last > first + 1
+
+
+@pytest.mark.slow
+def test_teaching_on_at_tiny_effort():
+    found = factors.autoencoder_longer(steps=6, n=20, scenes=32)
+    assert list(found["rows"]) == ["as shipped", *factors.LOSSES]
+    for name in factors.LOSSES:
+        assert len(found["curves"][name]) == 7 and found["rows"][name]["psnr"]["n"] == 20
+        assert found["rows"][name]["facts"]["value"] > 0.9
+    shipped = found["rows"]["as shipped"]
+    assert shipped["psnr without specks"]["value"] > shipped["psnr"]["value"]
 
 
 @pytest.mark.slow

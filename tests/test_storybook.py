@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage.measure import label
 
 from companion import storybook
 from companion.storybook import (
@@ -242,6 +243,26 @@ def test_the_seed_changes_what_no_caption_says():
     other = replace(scene, seed=2)
     assert scene.facts() == other.facts() and caption(scene) == caption(other)
     assert (render(scene) - render(other)).abs().mean() > 0.01
+
+
+def test_without_specks_all_else_is_the_same():
+    bare = [
+        Scene(sky, place, seed=k)
+        for k, sky in enumerate(("noon", "dusk"))
+        for place in ("desert", "woods", "snow", "mountains")
+    ]
+    assert torch.equal(render(bare), render(bare, specks=False))
+    rich = [
+        Scene("night", "desert"), Scene("aurora", "snow"), Scene("rain", "mountains"),
+        Scene("noon", "meadow"), Scene("dusk", "sea"), Scene("noon", "woods", stream=True),
+    ]  # fmt: skip
+    rich = [replace(scene, seed=k) for scene in rich for k in range(5)]
+    apart = (render(rich) - render(rich, specks=False)).abs().amax(1)
+    for scene, changed in zip(rich, apart > 0.02, strict=True):
+        spots, sizes = np.unique(label(changed.numpy(), connectivity=1), return_counts=True)
+        assert len(spots) > 5, f"{scene}: hardly anything was left out"
+        assert sizes[spots > 0].max() <= 32, f"{scene}: more was left out than specks"
+        assert changed.float().mean() < 0.15
 
 
 def test_each_fact_changes_the_picture():

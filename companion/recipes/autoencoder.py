@@ -9,6 +9,7 @@ The comparison of chapter 11 trains its networks by the same parts: ``Pictures``
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,14 +100,17 @@ def distance(y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def loss(
-    model: Autoencoder, batch: dict[str, Tensor], kl_weight: float = KL_WEIGHT
+    model: Autoencoder,
+    batch: dict[str, Tensor],
+    kl_weight: float = KL_WEIGHT,
+    how_far: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]] = distance,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``distance`` of a round trip through a *drawn* latent, and KL in nats for a latent value."""
+    """``how_far`` off a round trip through a *drawn* latent is, and KL in nats a latent value."""
     x = batch["pictures"]
     posterior = model.encode(x)
     posterior = Posterior(posterior.mean.float(), posterior.log_variance.float())
     z = posterior.mean + posterior.std * batch["noise"]
-    apart, parts = distance(model.decode(z).float(), x)
+    apart, parts = how_far(model.decode(z).float(), x)
     kl = posterior.kl().mean() / z[0].numel()
     parts = {name: value.detach() for name, value in parts.items()}
     return apart + kl_weight * kl, {**parts, "kl": kl.detach()}

@@ -100,10 +100,15 @@ def union(*distances: Tensor) -> Tensor:
 
 
 class Canvas:
-    """A batch of pictures (n, 3, h, w) under the brush, with the place of each pixel's centre."""
+    """A batch of pictures (n, 3, h, w) under the brush, with the place of each pixel's centre.
 
-    def __init__(self, colours: Tensor, x: Tensor, y: Tensor, pixel: float):
-        self.colours, self.x, self.y, self.pixel = colours, x, y, pixel
+    ``specks`` says whether ``speck`` paints: stars, drops, blossoms, waves, glints.
+    """
+
+    def __init__(
+        self, colours: Tensor, x: Tensor, y: Tensor, pixel: float, specks: bool = True
+    ) -> None:
+        self.colours, self.x, self.y, self.pixel, self.specks = colours, x, y, pixel, specks
 
     def paint(
         self,
@@ -117,6 +122,11 @@ class Canvas:
         if colour.ndim < 3:
             colour = colour.reshape(-1, 3, 1, 1)
         self.colours += cover.unsqueeze(-3) * (colour - self.colours)
+
+    def speck(self, distance: Tensor, colour: Tensor, alpha: float | Tensor) -> None:
+        """Paint what is a few pixels large, and where it is decided by chance alone."""
+        if self.specks:
+            self.paint(distance, colour, alpha)
 
     def shape(self, distance: Tensor, colour: Tensor, ink: Tensor, width: float = 0.011) -> None:
         """Paint with an outline, as in a picture book."""
@@ -165,7 +175,7 @@ def _stars(c: Canvas, chance: Chance, alpha: float) -> None:
     dx = c.x - (i + 0.2 + 0.6 * chance.at(cell, 1)) * step
     dy = c.y - (j + 0.2 + 0.6 * chance.at(cell, 2)) * step
     bright = chance.at(cell, 3)
-    c.paint(circle(dx, dy, 0.007), rgb("#fff8dc"), alpha * (bright > 0.45) * bright)
+    c.speck(circle(dx, dy, 0.007), rgb("#fff8dc"), alpha * (bright > 0.45) * bright)
 
 
 def _cloud(c: Canvas, x: Tensor, y: Tensor, size: Tensor, colour: Tensor, alpha: float) -> None:
@@ -246,7 +256,7 @@ def _rainfall(c: Canvas, chance: Chance) -> None:
     dx = x - (i + 0.5) * 0.055
     dy = (slot - j - 0.5) * 0.16
     keep = chance.at(i + 64 * j, 32) > 0.35
-    c.paint(box(dx, dy, 0.0035, 0.035), rgb("#e8eef4"), 0.55 * keep)
+    c.speck(box(dx, dy, 0.0035, 0.035), rgb("#e8eef4"), 0.55 * keep)
 
 
 # ---------------------------------------------------------------- places
@@ -275,7 +285,7 @@ def meadow(c: Canvas, chance: Chance, light: Tensor) -> None:
     for k, code in enumerate(("#fff7e0", "#ffe9a0", "#f7d3e3")):
         chosen = (kind > 0.3 * k) & (kind < 0.3 * k + 0.2)
         dots = torch.maximum(circle(dx, dy, 0.011), near + 0.02)
-        c.paint(dots, rgb(code) * light, 1.0 * chosen)
+        c.speck(dots, rgb(code) * light, 1.0 * chosen)
 
 
 def sea(c: Canvas, chance: Chance, light: Tensor) -> None:
@@ -288,7 +298,7 @@ def sea(c: Canvas, chance: Chance, light: Tensor) -> None:
     dx = c.x / 0.15 + chance.at(j, 50) - i - 0.3 - 0.4 * chance.at(cell, 51)
     dy = c.y / 0.042 - j - 0.5
     wave = torch.maximum(box(dx * 0.15, dy * 0.042, 0.032, 0.0045, 0.004), HORIZON + 0.02 - c.y)
-    c.paint(wave, rgb("#e3f6f5") * (0.35 + 0.65 * light), 0.7 * (chance.at(cell, 52) > 0.3))
+    c.speck(wave, rgb("#e3f6f5") * (0.35 + 0.65 * light), 0.7 * (chance.at(cell, 52) > 0.3))
     shore = _hills(c, chance, 1, 0.845, 0.014, 6.0) - c.y
     c.paint(shore - 0.016, rgb("#f4fbf7") * (0.25 + 0.75 * light))
     c.paint(shore, rgb("#f1d9a0") * _warmed(light))
@@ -390,7 +400,7 @@ def _stream(c: Canvas, chance: Chance, light: Tensor, to: Tensor) -> None:
         j = flow.floor()
         at = (c.x - middle) / half - offset - 0.2 * (chance.at(j + 16 * lane, 83) - 0.5)
         glint = torch.maximum((at.abs() - 0.055) * half, ((flow - j - 0.5).abs() - 0.26) * 0.05)
-        c.paint(glint, rgb("#d9f1fb") * (0.35 + 0.65 * light), 0.8 * (down > 0.04))
+        c.speck(glint, rgb("#d9f1fb") * (0.35 + 0.65 * light), 0.8 * (down > 0.04))
 
 
 # ---------------------------------------------------------------- things
@@ -581,7 +591,7 @@ def _things(pictures: Tensor, scenes: Sequence[Scene], size: int, slot: int) -> 
         pictures[where] = canvas.colours
 
 
-def _draw(scenes: Sequence[Scene], size: int) -> Tensor:
+def _draw(scenes: Sequence[Scene], size: int, specks: bool) -> Tensor:
     n, pixel = len(scenes), 1.0 / size
     pictures = torch.empty(n, 3, size, size)
     at = (torch.arange(size) + 0.5) * pixel
@@ -592,14 +602,14 @@ def _draw(scenes: Sequence[Scene], size: int) -> Tensor:
             if not rows:
                 continue
             chance, light = Chance([scenes[i].seed for i in rows]), LIGHT[sky]
-            canvas = Canvas(torch.empty(len(rows), 3, size, size), x, y, pixel)
+            canvas = Canvas(torch.empty(len(rows), 3, size, size), x, y, pixel, specks)
             _gradient(canvas, sky)
             paint_sky(canvas, chance)
             paint_place(canvas, chance, light)
             wet = [k for k, i in enumerate(rows) if scenes[i].stream]
             if wet:
                 ends = torch.tensor([_stream_end(scenes[rows[k]]) for k in wet]).view(-1, 1, 1)
-                part = Canvas(canvas.colours[wet], x, y, pixel)
+                part = Canvas(canvas.colours[wet], x, y, pixel, specks)
                 _stream(part, Chance([scenes[rows[k]].seed for k in wet]), light, ends)
                 canvas.colours[wet] = part.colours
             if sky == "rain":
@@ -625,13 +635,15 @@ def _stream_end(scene: Scene) -> float:
 FINEST = 64  # smaller pictures are exact averages of the one drawn at 64 pixels
 
 
-def render(scenes: Scene | Sequence[Scene], size: int = 64) -> Tensor:
+def render(scenes: Scene | Sequence[Scene], size: int = 64, *, specks: bool = True) -> Tensor:
     """Draw scenes.
 
     Args:
         scenes: one scene or several.
         size: width and height in pixels. Sizes under 64 must divide 64: they are drawn at 64 and
             averaged, so that a 16-pixel picture is exactly the small version of the 64-pixel one.
+        specks: False leaves out stars, raindrops, blossoms, waves and the glints of a stream: the
+            details of a few pixels whose places no caption tells. All else is the same.
 
     Returns:
         (B, 3, size, size) float32, from 0 to 1.
@@ -649,7 +661,9 @@ def render(scenes: Scene | Sequence[Scene], size: int = 64) -> Tensor:
     drawn_at = max(size, FINEST)
     chunk = max(1, (64 * FINEST**2) // drawn_at**2)  # bounded memory at any size
     with torch.no_grad():
-        parts = [_draw(scenes[i : i + chunk], drawn_at) for i in range(0, len(scenes), chunk)]
+        parts = [
+            _draw(scenes[i : i + chunk], drawn_at, specks) for i in range(0, len(scenes), chunk)
+        ]
         pictures = torch.cat(parts)
         if size < drawn_at:
             pictures = torch.nn.functional.avg_pool2d(pictures, drawn_at // size)
