@@ -27,8 +27,8 @@ from companion.scores import frechet
 from companion.train import hardware
 
 ROOMS = (  # the other modules that hold measurements
-    "asking", "beside", "changing", "contest", "decoding", "examination", "factors", "guiding",
-    "looking", "mapping", "matching", "reading", "repainting", "repeating",
+    "asking", "beside", "changing", "contest", "decoding", "doubles", "examination", "factors",
+    "guiding", "looking", "mapping", "matching", "reading", "repainting", "repeating",
 )  # fmt: skip
 SEEDS = (0, 1, 2)  # of what is measured three times
 RESULTS = Path(__file__).resolve().parents[1] / "book" / "results"

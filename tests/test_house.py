@@ -27,9 +27,9 @@ FLOORS = {
     },
     "side doors": {
         "__main__", "asking", "bars", "bench", "beside", "changing", "contest", "decoding",
-        "examination", "exercises", "factors", "guiding", "judge", "looking", "mapping", "matching",
-        "measure", "muon", "notebooks", "prompts", "reading", "recipes", "repainting", "repeating",
-        "scores", "show", "train", "widgets",
+        "doubles", "examination", "exercises", "factors", "guiding", "judge", "looking", "mapping",
+        "matching", "measure", "muon", "notebooks", "prompts", "reading", "recipes", "repainting",
+        "repeating", "scores", "show", "train", "widgets",
     },
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS.values()) for room in rooms}
