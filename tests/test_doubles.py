@@ -6,6 +6,7 @@ import torch
 
 from companion import doubles
 from companion.doubles import COLUMN, SAYINGS
+from companion.recipes.decoder import Decoder
 from companion.storybook import COLOURS, KINDS, POSITIONS, Facts, Scene, Thing, ThingFacts, sample
 
 TWO = Scene(
@@ -102,3 +103,18 @@ def test_doubles_at_tiny_effort():
     for way in ("one", "the nearest"):
         assert found["drawn"][way]["kinds, both"]["n"] == 6
         assert found["kept"][way]["place"]["n"] == 4
+
+
+@pytest.mark.slow
+def test_the_decoder_taught_on_at_tiny_effort(tmp_path):
+    found = doubles.decoder_longer(steps=2, n=4, varied=3, out=tmp_path / "longer")
+    assert found["steps"] == 2 and found["kept"]["place"]["n"] == 3
+    assert found["drawn"]["kinds, both"]["n"] == 4
+    before, after = (
+        Decoder.from_pretrained(),
+        Decoder.from_pretrained(tmp_path / "longer" / "final"),
+    )
+    apart = [
+        (a - b).abs().max() for a, b in zip(before.parameters(), after.parameters(), strict=True)
+    ]
+    assert 0 < max(apart) < 0.05, "it did not start from the shipped weights"

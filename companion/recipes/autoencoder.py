@@ -231,7 +231,7 @@ RECIPES = (
     Recipe(
         name="autoencoder",
         about="Stable Diffusion's autoencoder at one eighth of life size: 64 x 64 pictures to"
-        " 8 x 8 x 4 latents and back.",
+        " 8 x 8 x 4 latents and back. It never saw the held-out combinations.",
         data=Pictures,
         model=lambda pictures: build(config((16, 32, 64, 96))),
         batch=batch,
