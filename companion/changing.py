@@ -334,11 +334,22 @@ def interpolations(n: int = PAIRS, shares: Sequence[float] = SHARES) -> dict[str
 def text_diffs(
     n: int = TRIES, tuned: int = TUNED, thetas: Sequence[float] = THETAS
 ) -> dict[str, Any]:
-    """Chapter 9's changes told in words.
+    """Chapter 9's changes told in words."""
+    found = told(dalle2(), Judge.from_pretrained(), n, tuned, thetas)
+    return {"seeds": [TRIES_SEED], **found}
 
-    How far to turn is chosen for each change on ``tuned`` pictures of their own, before the ``n``.
+
+def told(
+    pipe: DALLE2,
+    judge: Judge,
+    n: int = TRIES,
+    tuned: int = TUNED,
+    thetas: Sequence[float] = THETAS,
+) -> dict[str, Any]:
+    """Verdicts on ``CHANGES`` by how far places turn, and how far to turn: "rows" and "chosen".
+
+    The latter is chosen for each change on ``tuned`` pictures of their own, before the ``n``.
     """
-    pipe, judge = dalle2(), Judge.from_pretrained()
     rows: dict[str, Any] = {}
     chosen: dict[str, float] = {}
     for number, change in enumerate(CHANGES):
@@ -352,7 +363,7 @@ def text_diffs(
         way: {what: together([rows[name][way][what] for name in chosen]) for what in cell}
         for way, cell in rows[name].items()
     }
-    return {"seeds": [TRIES_SEED], "chosen": chosen, "rows": rows}
+    return {"chosen": chosen, "rows": rows}
 
 
 def tries(

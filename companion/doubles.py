@@ -21,7 +21,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from companion import checkpoints
-from companion.changing import NEEDS, SCALE, VARIED_SEED, decode, known, marks, see
+from companion.changing import (
+    NEEDS,
+    SCALE,
+    TRIES,
+    TUNED,
+    VARIED_SEED,
+    decode,
+    known,
+    marks,
+    see,
+    told,
+)
 from companion.examination import dalle2
 from companion.judge import Judge
 from companion.measure import measurement
@@ -228,13 +239,17 @@ def doubles(
 @measurement(
     "decoder-longer",
     "The shipped decoder taught on by its own recipe for as many steps as it had: what it draws"
-    " from the places of two things, and which facts of any scene it keeps, as in doubles. 95 %"
-    " intervals over pictures",
-    minutes=45,
+    " from the places of two things, and which facts of any scene it keeps, as in doubles; and the"
+    " changes told in words, as in text-diffs. 95 % intervals over pictures",
+    minutes=50,
     needs=NEEDS,
 )
 def decoder_longer(
-    steps: int = LONGER, n: int = TWO, varied: int = ANY, out: Path = Path("runs/decoder-longer")
+    steps: int = LONGER,
+    n: int = TWO,
+    varied: int = ANY,
+    tried: int = TRIES,
+    out: Path = Path("runs/decoder-longer"),
 ) -> dict[str, Any]:
     """Whether more of the same training brings the lost kinds and colours. The run can resume."""
     card = checkpoints.read_card(checkpoints.WEIGHTS / "decoder")
@@ -261,4 +276,8 @@ def decoder_longer(
         "steps": steps,
         "drawn": of_drawings(read(two), two),
         "kept": marks(read(any_), any_),
+        "told": {
+            way: cell["both"]
+            for way, cell in told(pipe, judge, tried, min(TUNED, tried))["rows"]["all"].items()
+        },
     }

@@ -107,7 +107,8 @@ def test_doubles_at_tiny_effort():
 
 @pytest.mark.slow
 def test_the_decoder_taught_on_at_tiny_effort(tmp_path):
-    found = doubles.decoder_longer(steps=2, n=4, varied=3, out=tmp_path / "longer")
+    found = doubles.decoder_longer(steps=2, n=4, varied=3, tried=2, out=tmp_path / "longer")
+    assert found["told"]["as chosen"]["n"] == 3 * 2
     assert found["steps"] == 2 and found["kept"]["place"]["n"] == 3
     assert found["drawn"]["kinds, both"]["n"] == 4
     before, after = (
