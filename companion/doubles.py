@@ -39,9 +39,9 @@ from companion.measure import measurement
 from companion.recipes import RECIPES
 from companion.recipes.decoder import Decoder, legible
 from companion.recipes.encoded import SIZE
+from companion.repeating import run
 from companion.scores import interval
 from companion.storybook import COLOURS, KINDS, POSITIONS, Facts, Scene, render, sample
-from companion.train import train
 
 FITTED = 16_384  # places that the small network learns from
 TWO, TWO_SEED = 300, 906  # scenes of two things that differ in kind and in colour
@@ -257,13 +257,8 @@ def decoder_longer(
     recipe = replace(
         RECIPES["decoder"], model=lambda encoded: Decoder.from_pretrained(), score=None
     )
-    done = train(
-        recipe, out, resume=True, steps=steps, seed=LONGER_SEED, precision=card["precision"],
-        threads=1, device="cpu", quiet=True,
-    )  # fmt: skip
-    if not done.finished:
-        raise RuntimeError(f"{out} is not finished: {done.message}")
-    pipe, judge, longer = dalle2(), Judge.from_pretrained(), Decoder.from_pretrained(done.final)
+    final = run(recipe, out, steps, LONGER_SEED, card["precision"])
+    pipe, judge, longer = dalle2(), Judge.from_pretrained(), Decoder.from_pretrained(final)
     pipe.decoder, pipe.text_proj = longer.unet, longer.text_proj
 
     def read(of: Sequence[Scene]) -> list[Facts | None]:

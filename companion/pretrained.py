@@ -18,8 +18,8 @@ from torch import nn
 from companion import checkpoints
 from companion.checkpoints import CheckpointError
 
-# Names that published files once had: where, the old name, today's (None: nothing to load).
-OLD_SPELLINGS = (
+# Names that files have or had elsewhere: where, the other name, ours (None: nothing to load).
+OTHER_SPELLINGS = (
     # transformers 5 leaves out a prefix that every published Stable Diffusion folder carries.
     ("CLIPTextModel", r"(embeddings|encoder|final_layer_norm)\.(.*)", r"text_model.\1.\2"),
     # The numbers 0, 1, 2, … were stored as a buffer until transformers 4.31.
@@ -164,10 +164,10 @@ class Pretrained(nn.Module):
 
     @classmethod
     def rename(cls, name: str) -> str | None:
-        """Today's spelling of a stored name; ``None`` where there is nothing to load."""
-        for where, old, new in OLD_SPELLINGS:
-            if where in (None, cls.published) and (match := re.fullmatch(old, name)):
-                return None if new is None else match.expand(new)
+        """Our spelling of a stored name; ``None`` where there is nothing to load."""
+        for where, other, ours in OTHER_SPELLINGS:
+            if where in (None, cls.published) and (match := re.fullmatch(other, name)):
+                return None if ours is None else match.expand(ours)
         return name
 
 

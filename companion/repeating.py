@@ -20,6 +20,17 @@ def number(score: object) -> float:
     return float(score["value"] if isinstance(score, dict) else score)  # type: ignore[arg-type]
 
 
+def run(recipe: Recipe, out: Path, steps: int, seed: int, precision: str) -> Path:
+    """Train on one core, or go on where a run was stopped: the folder of the final weights."""
+    done = train(
+        recipe, out, resume=True, steps=steps, seed=seed, precision=precision,
+        threads=1, device="cpu", quiet=True,
+    )  # fmt: skip
+    if not done.finished:
+        raise RuntimeError(f"{out} is not finished: {done.message}")
+    return done.final
+
+
 def trained_again(
     recipe: Recipe, seeds: Sequence[int] = SEEDS, runs: Path = Path("runs")
 ) -> dict[str, Any]:
@@ -40,14 +51,8 @@ def trained_again(
         if seed == card["seed"]:
             scores[seed] = card["score"]
             continue
-        out = runs / f"{recipe.name}-{seed}"
-        done = train(
-            recipe, out, resume=True, steps=card["steps"], seed=seed,
-            precision=card["precision"], threads=1, device="cpu", quiet=True,
-        )  # fmt: skip
-        if not done.finished:
-            raise RuntimeError(f"{out} is not finished: {done.message}")
-        scores[seed] = checkpoints.read_card(done.final)["score"]
+        final = run(recipe, runs / f"{recipe.name}-{seed}", card["steps"], seed, card["precision"])
+        scores[seed] = checkpoints.read_card(final)["score"]
     rows = {
         what: over_seeds([number(scores[seed][what]) for seed in seeds]) for what in card["score"]
     }

@@ -12,7 +12,7 @@ from companion.adm import ADMUNet
 from companion.autoencoder import Autoencoder
 from companion.checkpoints import CheckpointError
 from companion.clip import CLIPConfig, CLIPText
-from companion.pretrained import OLD_SPELLINGS, UNET_NOTES, UNET_SWITCHES
+from companion.pretrained import OTHER_SPELLINGS, UNET_NOTES, UNET_SWITCHES
 from companion.prior import Prior, TextProjection
 from companion.unet import UNet
 from reference.cases import CASES
@@ -122,7 +122,7 @@ def test_position_ids_are_dropped(tmp_path):
 
 
 def test_every_row_of_the_table_is_tested():
-    assert len(OLD_SPELLINGS) == len(OLD) + 1
+    assert len(OTHER_SPELLINGS) == len(OLD) + 1
 
 
 def test_stock_opens_the_old_autoencoder_spelling_too(stock, tmp_path):
