@@ -9,6 +9,7 @@ reader; the build and the tests refuse a notebook with problems. From a shell::
 """
 
 import argparse
+import ast
 import base64
 import hashlib
 import io
@@ -317,6 +318,22 @@ def semicolon(notebook: Notebook, path: Path) -> Iterator[str]:
             yield f"{name} ends in a semicolon: write `_ = …` or end with plt.show()"
 
 
+def unseen(notebook: Notebook, path: Path) -> Iterator[str]:
+    """A table or control is the last thing in its cell: of any other, Jupyter shows nothing."""
+    for name, _, source in _numbered(notebook):
+        try:
+            statements = ast.parse(source).body
+        except SyntaxError:  # a magic that is not Python
+            continue
+        last = statements[-1] if statements else None
+        for part in (part for whole in statements for part in ast.walk(whole)):
+            if part is last or not isinstance(part, ast.Expr):
+                continue
+            called = ast.unparse(part.value.func) if isinstance(part.value, ast.Call) else ""
+            if called in ("show.table", "Scrub"):
+                yield f"{name} makes a {called}(…) that is not its last line: nobody sees it"
+
+
 def widgets(notebook: Notebook, path: Path) -> Iterator[str]:
     """No widget state is stored, and every control has a twin that moves without a kernel."""
     if "widgets" in notebook["metadata"]:
@@ -478,7 +495,7 @@ def cell_ids(notebook: Notebook, path: Path) -> Iterator[str]:
 
 
 RULES: tuple[Callable[[Notebook, Path], Iterator[str]], ...] = (
-    never_run, out_of_order, stale, crashed, stderr, semicolon, widgets, syntax, figures,
+    never_run, out_of_order, stale, crashed, stderr, semicolon, unseen, widgets, syntax, figures,
     long_cells, file_size, details, citations, absolute_paths, first_cell, cell_ids,
 )  # fmt: skip
 

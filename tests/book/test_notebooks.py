@@ -269,6 +269,12 @@ FAULTS = {
     "semicolon": (set_code(2, source="2 + 2;"), "code cell 2 ends in a semicolon"),
     "semicolon: comment": (set_code(2, source="2 + 2;  # four\n"), "ends in a semicolon"),
     "semicolon: magic": (set_code(2, source="!echo 'a;"), ""),
+    "unseen": (set_code(2, source="show.table([[1]], ['a'])\n2 + 2"), "show.table(…) that is not"),
+    "unseen: control": (set_code(2, source="Scrub(x)\nprint(4)"), "Scrub(…) that is not"),
+    "unseen: loop": (
+        set_code(2, source="for x in y:\n    show.table(x, y)"),
+        "code cell 2 makes a show.table(…) that is not its last line",
+    ),
     "widgets": (lambda nb: nb["metadata"].update(widgets={}), "widget state is stored"),
     "widgets: no twin": (widget_only, "code cell 4 shows a widget that is nothing without"),
     "syntax: block": (add_prose(":::{note}\nHear!\n:::"), "a ::: block"),
