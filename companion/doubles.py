@@ -47,7 +47,7 @@ FITTED = 16_384  # places that the small network learns from
 TWO, TWO_SEED = 300, 906  # scenes of two things that differ in kind and in colour
 ANY = 600  # scenes of any kind; the first of them are those of ``variations``
 DRAWN = 4  # variations of each, of which CLIP chooses one
-LONGER, LONGER_SEED = 3400, 1  # steps more for the decoder: as many as the shipped one had
+LONGER_SEED = 1  # of the batches that the decoder is taught on with: other ones than it has seen
 
 # What can be true of a picture: a kind, a colour, a kind in a colour, a kind at a position.
 SAYINGS: tuple[Hashable, ...] = (
@@ -245,7 +245,7 @@ def doubles(
     needs=NEEDS,
 )
 def decoder_longer(
-    steps: int = LONGER,
+    steps: int = RECIPES["decoder"].steps,
     n: int = TWO,
     varied: int = ANY,
     tried: int = TRIES,

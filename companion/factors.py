@@ -334,8 +334,7 @@ def autoencoders(
 
 # --- taught on ------------------------------------------------------------------------------------
 
-LONGER = 4200  # steps more: as many as the shipped network had
-LONGER_EMA = 0.998  # the recipe's
+(SHIPPED,) = recipe.RECIPES  # how the network was trained that is taught on
 
 
 def squared(y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -374,7 +373,7 @@ def taught_on(
     loss = partial(recipe.loss, how_far=how_far)
     share = lambda step: min(1.0, (step + 1) / WARMUP, 3 * (1 - step / steps))  # noqa: E731
     taught = deepcopy(model).train().requires_grad_(True).to(memory_format=torch.channels_last)
-    average = Average(taught, LONGER_EMA)
+    average = Average(taught, SHIPPED.ema)
     curve: list[dict[str, float]] = []
 
     def look_at(step: int) -> None:
@@ -401,12 +400,7 @@ def by_specks(model: Autoencoder, scenes: Sequence[Scene]) -> dict[str, Any]:
         PSNR of round trips with an interval, with specks and without; the share of pixels that
         specks change, and the share of the squared error there.
     """
-    with_, without = (
-        torch.cat(
-            [render(scenes[i : i + 50], recipe.SIZE, specks=s) for i in range(0, len(scenes), 50)]
-        )
-        for s in (True, False)
-    )
+    with_, without = (render(scenes, recipe.SIZE, specks=specks) for specks in (True, False))
     there = (with_ - without).abs().amax(1) > SEEN  # (n, 64, 64)
     back = recipe.round_trip(model, with_)
     error = (back - with_).square().mean(1)
@@ -427,7 +421,9 @@ def by_specks(model: Autoencoder, scenes: Sequence[Scene]) -> dict[str, Any]:
     minutes=50,
     needs=("autoencoder", "judge"),
 )
-def autoencoder_longer(steps: int = LONGER, n: int = 500, scenes: int = 12_000) -> dict[str, Any]:
+def autoencoder_longer(
+    steps: int = SHIPPED.steps, n: int = 500, scenes: int = recipe.SCENES
+) -> dict[str, Any]:
     """Whether more of the same training brings the missing decibels."""
     shipped = Autoencoder.from_pretrained(checkpoints.WEIGHTS / "autoencoder")
     pictures = drawn(scenes)
